@@ -1,0 +1,23 @@
+# make       virtual environment, corpus, and the experiments
+# make test  the same set-up, and the tests
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: run test
+run: .venv/installed
+	$(BIN)/python prepare_data.py
+	$(BIN)/python self_ce.py
+	$(BIN)/python plot.py out/self_ce
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+# A mark is newer than the requirements it satisfies, so that nothing is installed twice.
+.venv/installed: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/installed-test: requirements-test.txt .venv/installed
+	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+	touch $@

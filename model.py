@@ -1,0 +1,228 @@
+"""
+The one GPT of METALEARN: learner and critic are the same network.
+
+What differs from GPT-2:
+- RMSNorm without weights before each sublayer and before the head; queries and keys normalised too (QK-norm);
+- rotary positions that the caller gives, since own and true tokens of a chunk share theirs;
+- relu² in the MLP; no biases; head and embedding untied;
+- output projections and the head start at zero, so that the untrained model predicts uniformly;
+- special tokens (LOSS, later gists) are extra rows of the embedding, and are never predicted;
+- attention by a rule over (kind, chunk, position) of query and key: `attention_mask` draws every layout;
+- the input may be embeddings instead of tokens, so that gradients reach soft tokens;
+- parameters work as a plain dict: `torch.func.functional_call(model, params, (tokens,))`.
+
+Dimensions: B sequences, L tokens in each, C = n_embd, H heads of D = C / H, V = vocab_size, S cached tokens.
+"""
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int = 512  # text tokens; only these are predicted
+    n_special: int = 1     # extra rows of the embedding: ids vocab_size, vocab_size + 1, ...
+    n_layer: int = 2
+    n_head: int = 4
+    n_embd: int = 128
+
+
+# ----------------------------------------------------------------------------------------------
+# who sees whom
+
+TRUE, OWN = 0, 1  # kinds of token: the world's, and the learner's own
+
+
+def attention_mask(kind, chunk, pos):
+    """Who attends to whom: bool [L, L], row = query, column = key.
+
+    kind, chunk, pos: int [L] each. The rule:
+    - a true token attends to true tokens at its own and earlier positions;
+    - an own token attends to the true tokens of earlier chunks, and to the own tokens of its chunk up to itself.
+
+    Text is all true and one chunk, and so are the critic's triples (pred, obs, LOSS). Both are causal:
+
+              x0 x1 x2 x3                    p0 o0 L0 p1 o1 L1      (positions 0 to 5)
+        x0     1  .  .  .               p0    1  .  .  .  .  .
+        x1     1  1  .  .               o0    1  1  .  .  .  .
+        x2     1  1  1  .               L0    1  1  1  .  .  .
+        x3     1  1  1  1               p1    1  1  1  1  .  .
+                                        o1    1  1  1  1  1  .
+                                        L1    1  1  1  1  1  1
+
+    A rollout of two chunks of two tokens, own tokens y beside true tokens x (y2 has the position of x2):
+
+                  x0 x1 x2 x3 y0 y1 y2 y3
+        chunk      0  0  1  1  0  0  1  1
+        x0         1  .  .  .  .  .  .  .
+        x1         1  1  .  .  .  .  .  .
+        x2         1  1  1  .  .  .  .  .
+        x3         1  1  1  1  .  .  .  .
+        y0         .  .  .  .  1  .  .  .
+        y1         .  .  .  .  1  1  .  .
+        y2         1  1  .  .  .  .  1  .
+        y3         1  1  .  .  .  .  1  1
+    """
+    q_kind, k_kind = kind[:, None], kind[None, :]
+    q_chunk, k_chunk = chunk[:, None], chunk[None, :]
+    earlier = pos[None, :] <= pos[:, None]
+    true_sees = (q_kind == TRUE) & (k_kind == TRUE) & earlier
+    own_sees_true = (q_kind == OWN) & (k_kind == TRUE) & (k_chunk < q_chunk)
+    own_sees_own = (q_kind == OWN) & (k_kind == OWN) & (k_chunk == q_chunk) & earlier
+    return true_sees | own_sees_true | own_sees_own
+
+
+def attend(q, k, v, mask, fused):
+    """Attention of q [B, H, L, D] over k, v [B, H, S, D] -> [B, H, L, D].
+
+    mask: bool, broadcastable to [B, H, L, S]; None is causal (L = S).
+    fused: PyTorch's SDPA, the fastest, which gives first derivatives only. Otherwise an explicit softmax, which also
+    survives double backward and `torch.func.jvp`: second order needs that one.
+    """
+    if fused:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    if mask is None:
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+    scores = (q @ k.transpose(-2, -1)) * q.size(-1) ** -0.5
+    return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+
+
+# ----------------------------------------------------------------------------------------------
+# the network
+
+def norm(x):
+    """RMSNorm over the last dimension, without weights (arXiv 1910.07467)."""
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def rotary_table(pos, dim, dtype):
+    """(cos, sin), each [..., 1, L, dim / 2], of the angles pos · 10000^(−2i / dim) (arXiv 2104.09864)."""
+    frequency = 10000.0 ** (-torch.arange(0, dim, 2, device=pos.device, dtype=torch.float32) / dim)
+    angle = (pos[..., None].float() * frequency).unsqueeze(-3)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x, table):
+    """Turns x [B, H, L, D] by its positions, as D / 2 pairs of numbers."""
+    cos, sin = table
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.n_head = c.n_head
+        self.qkv = nn.Linear(c.n_embd, 3 * c.n_embd, bias=False)
+        self.out = nn.Linear(c.n_embd, c.n_embd, bias=False)
+
+    def forward(self, x, table, mask, fused, cache):
+        B, L, C = x.shape
+        q, k, v = self.qkv(x).view(B, L, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # [B, H, L, D] each
+        q, k = rotate(norm(q), table), rotate(norm(k), table)
+        if cache is not None:
+            if self in cache:
+                k, v = torch.cat((cache[self][0], k), 2), torch.cat((cache[self][1], v), 2)  # [B, H, S + L, D]
+            cache[self] = k, v
+        y = attend(q, k, v, mask, fused)
+        return self.out(y.transpose(1, 2).reshape(B, L, C))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.attention = Attention(c)
+        self.up = nn.Linear(c.n_embd, 4 * c.n_embd, bias=False)
+        self.down = nn.Linear(4 * c.n_embd, c.n_embd, bias=False)
+
+    def forward(self, x, table, mask, fused, cache):
+        x = x + self.attention(norm(x), table, mask, fused, cache)
+        return x + self.down(self.up(norm(x)).relu().square())
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        """Raises ValueError if n_embd is not an even multiple of n_head."""
+        super().__init__()
+        if config.n_embd % (2 * config.n_head):
+            raise ValueError(f"n_embd={config.n_embd} must be an even multiple of n_head={config.n_head}")
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size + config.n_special, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.initialise()
+
+    def initialise(self):
+        for name, p in self.named_parameters():
+            if name.endswith(("out.weight", "down.weight", "head.weight")):
+                nn.init.zeros_(p)
+            elif name == "embed.weight":
+                nn.init.normal_(p, std=1.0)
+            else:
+                nn.init.normal_(p, std=self.config.n_embd ** -0.5)
+
+    def forward(self, x, pos=None, mask=None, read=None, fused=True, cache=None):
+        """Logits [B, L', V] at the positions that `read` selects (all if None).
+
+        x: tokens, int [B, L], or embeddings, float [B, L, C]: a soft token is `weights @ params["embed.weight"]`.
+        pos: int [L] or [B, L]; 0 to L − 1 if None. mask: bool [L, S + L], see `attention_mask`; causal if None.
+        read: index of the L dimension, e.g. slice(2, None, 3); the head is the largest product of a small model.
+        cache: a dict, empty at first, that keeps keys and values: the next call sees all S tokens so far.
+        """
+        x = self.embed(x) if not x.is_floating_point() else x
+        pos = torch.arange(x.size(1), device=x.device) if pos is None else pos
+        table = rotary_table(pos, self.config.n_embd // self.config.n_head, x.dtype)
+        x = norm(x)
+        for block in self.blocks:
+            x = block(x, table, mask, fused, cache)
+        return self.head(norm(x if read is None else x[:, read]))
+
+
+def adamw(model, learning_rate):
+    """AdamW with decay on matrices alone: embeddings of rare tokens should not fade between their occurrences."""
+    matrices = [p for n, p in model.named_parameters() if n != "embed.weight"]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": [model.embed.weight], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+# ----------------------------------------------------------------------------------------------
+# writing text
+
+def sample_tokens(logits, u):
+    """One token for each row of logits [..., V], by inverting the cumulative distribution at u [...] in [0, 1).
+
+    The randomness is an argument, so that a batch cut over ranks draws what the whole one draws.
+    """
+    cdf = logits.double().softmax(-1).cumsum(-1)
+    return torch.searchsorted(cdf, u.double().unsqueeze(-1) * cdf[..., -1:], right=True).squeeze(-1).clamp(max=logits.size(-1) - 1)
+
+
+@torch.no_grad()
+def rollout(model, x, starts, steps, u=None):
+    """Own text after many prefixes at once: own tokens, int [B, n, steps].
+
+    x: true tokens, int [B, L]. starts: n rising positions s, 1 ≤ s ≤ L; the text that starts at s has read x[:, :s]
+    alone. u: uniform numbers [B, n, steps] to sample with; None takes the likeliest token. The true tokens are read
+    once; after that each step reads one new token for every start of every sequence. See the grid of
+    `attention_mask`: the chunks are what the starts cut. Raises ValueError if a start lies outside 1 … L.
+    """
+    B, L = x.shape
+    starts = torch.as_tensor(starts, device=x.device)
+    if starts.min() < 1 or starts.max() > L:
+        raise ValueError(f"starts must lie in 1 ... {L}, got {starts.tolist()}")
+    n, pick = len(starts), (lambda logits, j: logits.argmax(-1) if u is None else sample_tokens(logits, u[:, :, j]))
+    true_pos = torch.arange(L, device=x.device)
+    true_chunk = torch.searchsorted(starts, true_pos, right=True)  # how many starts lie at or before the position
+    own_chunk = torch.arange(1, n + 1, device=x.device)
+    cache = {}
+    logits = model(x, cache=cache, read=starts - 1)  # [B, n, V]
+    own = [pick(logits, 0)]
+    for j in range(steps - 1):
+        kind = torch.cat((torch.full((L,), TRUE), torch.full(((j + 1) * n,), OWN))).to(x.device)
+        chunk = torch.cat((true_chunk, own_chunk.repeat(j + 1)))
+        pos = torch.cat((true_pos, (torch.arange(j + 1, device=x.device)[:, None] + starts).flatten()))
+        mask = attention_mask(kind, chunk, pos)[-n:]
+        own.append(pick(model(own[-1], pos=pos[-n:], mask=mask, cache=cache), j + 1))
+    return torch.stack(own, dim=2)
