@@ -1,0 +1,296 @@
+"""Stage 1: its mathematics against references, and its script as a user runs it, on the plays at a very small size."""
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+
+import self_ce
+from model import GPT, GPTConfig
+from watch import new_track, recovered, track_gold
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--meta_steps=24", "--self_steps=16", "--n_embd=32", "--n_head=2", "--block_size=16", "--eval_windows=4",
+         "--eval_interval=4", "--save_interval=5", "--warmup=8", "--batch_size=4", "--device=cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """The small models run faster on one thread, and the processes started here inherit it."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    yield
+    del os.environ["OMP_NUM_THREADS"]
+
+
+def start(*arguments, ranks=1):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return subprocess.Popen([sys.executable, *launcher, ROOT / "self_ce.py", *arguments], text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(*arguments, **options):
+    process = start(*arguments, **options)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    return output
+
+
+def in_process(monkeypatch, *arguments):
+    """Runs the script with fresh globals in this process, which saves the seconds of importing torch."""
+    monkeypatch.setattr(sys, "argv", ["self_ce.py", *arguments])
+    monkeypatch.setattr(signal, "signal", lambda *a: None)
+    runpy.run_path(str(ROOT / "self_ce.py"), run_name="__main__")
+
+
+def log(folder):
+    """The rows of a log without their timing."""
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "tok_per_s"} for row in rows]
+
+
+def weights(folder):
+    state = torch.load(folder / "ckpt.pt", weights_only=True)
+    return {**state["learner"], **{f"critic.{k}": v for k, v in state["critic"].items()}}
+
+
+# ---- the mathematics
+
+def small_gpt():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(self_ce.vocab, 1, 2, 2, 16)).double()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("reads", ["obs", "next"])
+def test_second_order_equals_finite_differences_of_the_inner_step(monkeypatch, reads):
+    monkeypatch.setattr(self_ce, "vocab", 13)
+    monkeypatch.setattr(self_ce, "loss_reads", reads)
+    model = small_gpt()
+    theta = {n: p.detach() for n, p in model.named_parameters()}
+    tokens = torch.randint(0, 13, (5, 2, 7))
+    x, obs, own, outer_x = *tokens[:3], tokens[3]
+
+    def after_step(phi):
+        """O(θ') as a function of φ, by autograd where the script differentiates by hand."""
+        th = {n: p.clone().requires_grad_() for n, p in theta.items()}
+        call = lambda triples, **options: functional_call(model, phi, (triples,), options)
+        teacher = self_ce.critic_logits(call, own, obs).softmax(-1).detach()
+        logp, teacher = self_ce.align(functional_call(model, th, (x,)).log_softmax(-1), teacher)
+        g = torch.autograd.grad(-(teacher * logp).sum(-1).mean(), list(th.values()))
+        norm = sum(t.square().sum() for t in g).sqrt()
+        moved = {n: p - self_ce.inner_length * t / norm for (n, p), t in zip(theta.items(), g)}
+        return F.cross_entropy(functional_call(model, moved, (outer_x[:, :-1],)).flatten(0, 1), outer_x[:, 1:].flatten())
+
+    dphi, gain = self_ce.second_order(model, x, obs, own, outer_x, lambda tensors: None)
+    before = F.cross_entropy(model(outer_x[:, :-1]).flatten(0, 1), outer_x[:, 1:].flatten())
+    assert abs(gain - (before - after_step(theta))) < 1e-12
+    for seed in range(3):
+        v = {n: torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)).double() for n, p in theta.items()}
+        shift = lambda e: after_step({n: p + e * v[n] for n, p in theta.items()})
+        numeric = (shift(1e-5) - shift(-1e-5)) / 2e-5
+        exact = sum((dphi[n] * v[n]).sum() for n in v)
+        assert abs(exact - numeric) < 1e-6 * max(1e-3, abs(numeric)), (exact, numeric)
+
+
+class Names:
+    """A critic that names what it is given, and remembers what it read."""
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def __call__(self, triples, read):
+        self.own, self.obs, self.loss = triples[:, 0::3], triples[:, 1::3], triples[:, 2::3]
+        return F.one_hot(self.tokens, self_ce.vocab).float() * 50
+
+
+def test_a_critic_that_names_the_truth_teaches_as_the_real_arm_does_and_each_arm_reads_what_it_should(monkeypatch):
+    monkeypatch.setattr(self_ce, "vocab", 13)
+    monkeypatch.setattr(self_ce, "chance", lambda *a: None)
+    learner = small_gpt().float()
+    x, obs, foreign = torch.randint(0, 13, (3, 2, 7))
+    own, critic = learner(x).argmax(-1), Names(obs)
+    loss = {arm: self_ce.self_loss(None, arm, learner, critic, x, obs, foreign if arm == "shuffled" else obs, 0, {})
+            for arm in ("real", "frozen")}
+    assert torch.equal(loss["real"], loss["frozen"]) and torch.equal(critic.obs, obs) and torch.equal(critic.own, own)
+    assert torch.all(critic.loss == 13)
+    self_ce.self_loss(None, "shuffled", learner, critic, x, obs, foreign, 0, {})
+    assert torch.equal(critic.obs, foreign)
+    self_ce.self_loss(None, "sharpen", learner, critic, x, obs, obs, 0, {})
+    assert torch.equal(critic.obs, own)
+
+
+def test_no_gradient_flows_through_the_target(monkeypatch):
+    monkeypatch.setattr(self_ce, "vocab", 13)
+    monkeypatch.setattr(self_ce, "chance", lambda *a: None)
+    for kind in ("argmax", "soft"):
+        monkeypatch.setattr(self_ce, "target", kind)
+        learner = small_gpt().float()
+        x, obs = torch.randint(0, 13, (2, 2, 7))
+        self_ce.self_loss(None, "self", learner, learner, x, obs, obs, 0, {}).backward()
+        named = self_ce.critic_logits(learner, learner(x).argmax(-1), obs).detach()
+        told = named.softmax(-1) if kind == "soft" else named.argmax(-1)
+        by_hand = torch.autograd.grad(F.cross_entropy(learner(x).flatten(0, 1), told.flatten(0, 1)),
+                                      list(learner.parameters()))
+        for p, g in zip(learner.parameters(), by_hand):
+            assert torch.allclose(p.grad, g, atol=1e-6)
+
+
+def test_a_hack_is_three_evaluations_above_the_best_and_counts_from_the_first():
+    def hack_of(golds):
+        track = new_track()
+        for i, nats in enumerate(golds):
+            track_gold(track, dict(step=10 * i, gold_nats=nats, gold_bpb=nats, proxy=None if i == 0 else 1.0), 0.1)
+        return track["steps_to_hack"], track["gold_best"]
+    assert hack_of([4, 3.9, 4.05, 4.1, 4.2]) == (20, 3.9)
+    assert hack_of([4, 3.9, 4.05, 3.99, 4.2, 4.2]) == (None, 3.9)
+    assert hack_of([4, 4.09, 4.09, 4.09]) == (None, 4)
+    assert hack_of([4, 4.2, 4.2, 4.2, 3, 4, 4, 4]) == (10, 3)
+    assert recovered(dict(gold_start=4, gold_end=3.8), dict(gold_start=4, gold_end=3.6)) == pytest.approx(0.5)
+    assert recovered(dict(gold_start=4, gold_end=3.8), None) is None
+
+
+# ---- the script
+
+def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_path):
+    settings = [*SMALL, "--arms=real,ema", "--pred=sample", "--order=2", "--keep_meta=0.1", "--keep=recorded"]
+    whole = start(*settings, f"--out_dir={tmp_path / 'whole'}")
+    broken = tmp_path / "broken"
+
+    def kill_at(process, arm, step):
+        path = broken / "log.jsonl"
+        while process.poll() is None:
+            rows = path.read_text().splitlines() if path.exists() else []
+            if any(f'"arm": "{arm}", "step": {step},' in row for row in rows):
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+                return
+            time.sleep(0.002)
+        raise AssertionError("ended before it was killed: " + process.communicate()[0])
+
+    kill_at(start(*settings, f"--out_dir={broken}"), "meta", 12)
+    kill_at(start(f"--resume={broken}"), "ema", 8)
+    finish(f"--resume={broken}")
+    assert whole.wait(60) == 0
+    assert log(broken) == log(tmp_path / "whole") and len(log(broken)) == 7 + 2 * 5
+    assert (broken / "samples.txt").read_text() == (tmp_path / "whole" / "samples.txt").read_text()
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(value, weights(broken)[name]), name
+
+
+def test_two_ranks_compute_what_one_does(tmp_path):
+    settings = [*SMALL, "--dtype=float64", "--pred=sample", "--target=soft", "--order=2", "--keep_meta=0.1"]
+    finish(*settings, f"--out_dir={tmp_path / '1'}")
+    finish(*settings, f"--out_dir={tmp_path / '2'}", ranks=2)
+    one, two = log(tmp_path / "1"), log(tmp_path / "2")
+    assert len(one) == len(two) == 7 + 6 * 5
+    for a, b in zip(one, two):
+        for key in a:
+            number = isinstance(a[key], float)
+            near = pytest.approx(a[key], rel=2e-6) if number else a[key]  # the log keeps six digits
+            assert b[key] == near, (a["arm"], a["step"], key)
+    w2 = weights(tmp_path / "2")
+    assert max((v - w2[n]).abs().max() for n, v in weights(tmp_path / "1").items()) < 1e-9
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_with_a_checkpoint_that_goes_on(tmp_path, number):
+    out = tmp_path / "run"
+    process = start(*SMALL, "--meta_steps=100000", f"--out_dir={out}")
+    while not (out / "log.jsonl").exists() or (out / "log.jsonl").read_text().count("\n") < 3:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(number)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 128 + number and f"--resume={out}" in output
+    step = torch.load(out / "ckpt.pt", weights_only=True)["step"]
+    assert step >= max(row["step"] for row in log(out))
+
+
+def test_the_defaults_run_on_the_plays_and_leave_what_the_readme_says(tmp_path):
+    out = tmp_path / "run"
+    began = time.time()
+    output = finish("--meta_steps=20", "--self_steps=10", f"--out_dir={out}")
+    assert {p.name for p in out.iterdir()} >= {"log.jsonl", "ckpt.pt", "config.json", "samples.txt", "summary.json",
+                                               "self_ce.py"}
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["arms"]) == ["real", "self", "frozen", "ema", "shuffled", "sharpen"]
+    assert len({arm["gold_start"] for arm in summary["arms"].values()} | {summary["gold_meta_end"]}) == 1
+    assert summary["arms"]["real"]["recovered"] == 1 and summary["bpb_meta_end"] < 4.5
+    assert all(name in output for name in ("steps to hack", "sharpen", "bits/byte", "tokens/s"))
+    assert (out / "samples.txt").read_text().count("critic names") == 2 * 7
+    # A finished run takes further arms from its snapshot and keeps the finished ones.
+    again = finish(f"--resume={out}", "--arms=frozen")
+    assert json.loads((out / "summary.json").read_text())["arms"] == summary["arms"], again
+
+
+def test_wandb_is_imported_only_if_asked(tmp_path, monkeypatch):
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    tiny = ["--meta_steps=2", "--self_steps=2", "--arms=real", *SMALL[2:]]
+    in_process(monkeypatch, *tiny, f"--out_dir={tmp_path / 'a'}")
+    assert "wandb" not in sys.modules
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    finish(*tiny, f"--out_dir={tmp_path / 'b'}", "--wandb_log=offline")
+    assert list((tmp_path / "b" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--meta_step=3"], "unknown setting 'meta_step'; did you mean 'meta_steps'?"),
+    (["--arms=self,frosen"], "there is no arm 'frosen'; did you mean 'frozen'?"),
+    (["--arms=self,self"], "names an arm twice"),
+    (["--n_embd=100", "--n_head=3"], "n_embd=100 must be an even multiple of n_head=3"),
+    (["--n_layer=0"], "n_layer=0 must be above 0"),
+    (["--order=3"], "order=3 must be 1"),
+    (["--ema_decay=1"], "ema_decay=1.0 must be below 1"),
+    (["--target=hard"], "target='hard' is not one of \"argmax\", \"soft\""),
+    (["--block_size=10000000"], "block_size=10000000 must be below the"),
+    (["--train_tokens=16", "--block_size=16"], "block_size=16 must be below the 16 tokens of the train split"),
+    (["--dataset=no/such/file.txt"], "no/such/file.txt"),
+    (["--resume=no/such/run"], "holds no ckpt.pt"),
+])
+def test_bad_settings_are_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        in_process(monkeypatch, *arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") <= 2, error
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused(monkeypatch, capsys):
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=3).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(SystemExit):
+        in_process(monkeypatch)
+    assert "batch_size=8 and eval_windows=64 must both be multiples of the 3 ranks" in capsys.readouterr().err
+
+
+def test_resuming_with_changed_settings_or_another_tokenizer_is_refused(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    in_process(monkeypatch, "--meta_steps=2", "--self_steps=2", "--arms=", *SMALL[2:], f"--out_dir={out}")
+    before = (out / "log.jsonl").read_text()
+    state = torch.load(out / "ckpt.pt", weights_only=True)
+    for arguments, message in (["--learning_rate=0.5"], "learning_rate=0.5 differs from 0.001"), ([], "another tokenizer"):
+        if not arguments:
+            torch.save(dict(state, tokenizer="0" * 64), out / "ckpt.pt")
+        with pytest.raises(SystemExit) as stop:
+            in_process(monkeypatch, f"--resume={out}", *arguments)
+        assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert (out / "log.jsonl").read_text() == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        in_process(monkeypatch, *SMALL, "--learning_rate=1e30", "--arms=", f"--out_dir={tmp_path / 'run'}")
+    output = capsys.readouterr().out
+    assert stop.value.code == 3 and "is not finite" in output and f"{tmp_path / 'run' / 'ckpt.pt'}" in output
+    state = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
+    assert all(torch.isfinite(p).all() for p in state["learner"].values())
