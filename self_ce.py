@@ -359,7 +359,8 @@ def main():
         run.restore(at, tally, **parts)
     if compile:
         learner.compile(), critic.compile()
-    gold = Gold(val_windows(corpus.val, eval_windows, block_size + 1), corpus.token_bytes, run)
+    gold = Gold(val_windows(corpus.val, eval_windows, block_size + 1), corpus.token_bytes, run,
+                batch_size // run.ranks)
     probe = stored_probe(run, corpus)
     run.open(need_bytes=20 * sum(p.numel() * p.element_size() for p in learner.parameters()))
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 class Gold:
     """Held-out cross entropy, always over the same windows, in nats a token and in bits a byte.
 
-    windows: int [n, T + 1]; each rank reads its n / ranks of them. token_bytes: int [V], bytes of each token.
+    windows: int [n, T + 1]; each rank reads its n / ranks of them, `batch` at once. token_bytes: int [V].
     """
 
-    def __init__(self, windows, token_bytes, run, batch=64):
+    def __init__(self, windows, token_bytes, run, batch):
         self.run, self.batch = run, batch
         share = len(windows) // run.ranks
         self.windows = windows[run.rank * share:(run.rank + 1) * share].to(run.device)
