@@ -36,11 +36,11 @@ import torch.distributed as dist
 POSITIVE = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "eval_interval", "eval_windows",
             "save_interval", "learning_rate", "grad_clip", "vocab")
 # What may differ when a run is resumed: how it computes, and which arms it adds; never what it computes.
-FREE_ON_RESUME = ("arms", "device", "compile", "wandb_log", "resume", "out_dir", "save_interval")
+FREE_ON_RESUME = ("arms", "device", "compile", "wandb_log", "save_interval", "resume")
 
 
 def refuse(message):
-    """Bad input ends here: one line on stderr (of rank 0 alone) and exit code 2."""
+    """Bad input ends here: one line or two on stderr (of rank 0 alone) and exit code 2."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -156,6 +156,8 @@ def check_common(settings):
     for name in POSITIVE:
         if name in settings and not settings[name] > 0:
             refuse(f"{name}={settings[name]} must be above 0")
+    if settings["seed"] >= 2**63:
+        refuse(f"seed={settings['seed']} must be below 2**63")
     n_embd, n_head = settings["n_embd"], settings["n_head"]
     if n_embd % n_head or (n_embd // n_head) % 2:
         refuse(f"n_embd={n_embd} must be an even multiple of n_head={n_head} (rotary positions turn pairs of numbers)")
@@ -198,11 +200,13 @@ class Run:
                    f"multiples of the {self.ranks} ranks")
         self.device, reason = choose_device(settings["device"], settings["dtype"], self.local_rank)
         self.dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[settings["dtype"]]
-        self.out_dir = Path(settings["resume"] or settings["out_dir"])
-        self.resumed, self.log_file, self.wandb, self.lock = None, None, None, None
+        self.out_dir, self.resumed = Path(settings["out_dir"]), None
+        self.log_file = self.samples_file = self.lock = self.wandb = None
         self.weight_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.stop_signal, self.shown_at, self.line = 0, 0.0, 0
         if self.device.type == "cuda":
+            if self.local_rank >= torch.cuda.device_count():
+                refuse(f"nproc_per_node is above the {torch.cuda.device_count()} GPUs of this machine")
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
         if self.ranks > 1:
@@ -240,21 +244,6 @@ class Run:
 
     # ---- folder, checkpoints, log
 
-    def load(self):
-        """Reads the checkpoint of `resume` into `resumed`; refuses what is missing, half written or foreign."""
-        path = self.out_dir / "ckpt.pt"
-        if not path.is_file():
-            refuse(f"resume={str(self.out_dir)!r} holds no ckpt.pt; name the folder of a run, such as out/{self.stage}")
-        try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
-        except Exception as error:  # torch.load raises many kinds: zip, pickle, runtime, end of file
-            refuse(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged or half written")
-        if not isinstance(state, dict) or state.get("format") != "metalearn-1":
-            refuse(f"{path} is no checkpoint of this project")
-        if state["stage"] != self.stage:
-            refuse(f"{path} is a checkpoint of {state['stage']}.py; resume it with python {state['stage']}.py")
-        self.resumed = state
-
     def open(self, need_bytes):
         """Takes the run folder, after every check and before the first step. An earlier run is moved aside.
 
@@ -266,21 +255,25 @@ class Run:
             if free < need_bytes:
                 refuse(f"out_dir={str(self.out_dir)!r}: {free / 1e6:.0f} MB are free there and the run needs about "
                        f"{need_bytes / 1e6:.0f} MB; free some or choose another --out_dir")
-            if not self.resumed:
-                self._move_aside()
-            self.out_dir.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-            self._open_files()
+            if self.settings["wandb_log"] != "no":
+                self._start_wandb()
+            try:
+                if not self.resumed:
+                    self._move_aside()
+                self.out_dir.mkdir(parents=True, exist_ok=True)
+                self._take_lock()
+                self._open_files()
+            except OSError as error:
+                refuse(f"out_dir={str(self.out_dir)!r} cannot be written to ({error.strerror}); choose another --out_dir")
         self.barrier()
-        if self.settings["wandb_log"] != "no" and self.first:
-            self._start_wandb()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
     def _move_aside(self):
-        if not self.out_dir.exists() or not any(self.out_dir.iterdir()):
+        held = {p.name for p in self.out_dir.iterdir()} - {".lock"} if self.out_dir.exists() else ()
+        if not held:
             return
-        if not (self.out_dir / "config.json").is_file():
+        if "config.json" not in held:
             refuse(f"out_dir={str(self.out_dir)!r} holds files that are no run's; name a new or empty folder")
         self._take_lock()
         n = next(n for n in range(1, 10**6) if not Path(f"{self.out_dir}-{n}").exists())
@@ -296,28 +289,34 @@ class Run:
             refuse(f"another run is writing to {self.out_dir}; wait for it or choose another --out_dir")
 
     def _open_files(self):
+        self.write_json("config.json", self.settings)
         if self.resumed:  # what was written after the checkpoint will be written again
             for name, size in self.resumed["files"].items():
-                with open(self.out_dir / name, "ab") as f:
-                    f.truncate(size)
+                path = self.out_dir / name
+                if not path.is_file() or path.stat().st_size < size:
+                    refuse(f"{path} is shorter than when {self.out_dir} was saved, or gone: it cannot be gone on with")
+                os.truncate(path, size)
+            for path in (self.out_dir / "hacks").glob("*.*"):
+                if int(path.stem) > self.resumed["reports"]:
+                    path.unlink()
         else:
             shutil.copy(self.script, self.out_dir / self.script.name)
-        self.write_json("config.json", self.settings)
         self.log_file = open(self.out_dir / "log.jsonl", "a")
         self.samples_file = open(self.out_dir / "samples.txt", "a")
 
     def _start_wandb(self):
         import wandb
         try:
-            self.wandb = wandb.init(project="metalearn", name=self.out_dir.name, dir=self.out_dir, config=self.settings,
-                                    mode=self.settings["wandb_log"])
+            self.wandb = wandb.init(project="metalearn", name=self.out_dir.name, dir=self.out_dir.parent,
+                                    config=self.settings, mode=self.settings["wandb_log"])
         except Exception as error:  # no account, no network: wandb has its own kinds for each
             refuse(f"wandb_log={self.settings['wandb_log']!r} could not start ({type(error).__name__}); "
                    "log in with `wandb login` or use --wandb_log=offline")
 
     def write(self, name, write):
         """Writes out_dir/name by `write(file)`, whole or not at all."""
-        path, tmp = self.out_dir / name, self.out_dir / f".{name}.tmp"
+        path = self.out_dir / name
+        tmp = path.with_name(f".{path.name}.tmp")
         try:
             with open(tmp, "wb") as f:
                 write(f)
@@ -338,7 +337,8 @@ class Run:
 
         at: dict of plain values and tensors, where the run stands. tally: dict of tensors, what the next line of the
         log will average. parts: modules and optimizers. With the length of the log so far that is everything: data
-        and random numbers are pure functions of the step, so a resumed run repeats an uninterrupted one bit for bit.
+        and random numbers are pure functions of the step, so a resumed run repeats an uninterrupted one: on the CPU
+        bit for bit, on a GPU as far as its kernels repeat themselves.
         """
         stop = self.stopping(step)
         if step % self.settings["save_interval"] and not stop:
@@ -348,10 +348,10 @@ class Run:
             self.stop_not_finite(at["arm"], step)
         at["step"] = step
         if self.first:
-            self.log_file.flush(), self.samples_file.flush()
             files = {n: (self.out_dir / n).stat().st_size for n in ("log.jsonl", "samples.txt")}
+            reports = len(list((self.out_dir / "hacks").glob("*.md")))
             state = dict(at, tally=tally, format="metalearn-1", stage=self.stage, config=self.settings, files=files,
-                         **{name: part.state_dict() for name, part in parts.items()})
+                         reports=reports, **{name: part.state_dict() for name, part in parts.items()})
             self.write("ckpt.pt", lambda f: torch.save(state, f))
         if stop:
             self.stop()
@@ -364,22 +364,26 @@ class Run:
             part.load_state_dict(self.resumed[name])
 
     def log(self, row):
-        """Appends a row to log.jsonl (and wandb). A proxy that is not finite ends the run."""
-        if row["proxy"] is not None and not math.isfinite(row["proxy"]):
+        """Appends a row to log.jsonl (and wandb). A number in it that is not finite ends the run."""
+        if not all(math.isfinite(v) for v in row.values() if isinstance(v, float)):
             self.stop_not_finite(row["arm"], row["step"])
-        if not self.first:
-            return
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
-        self.log_file.write(json.dumps(rounded) + "\n")
-        self.log_file.flush()
+        self._append(self.log_file, json.dumps(rounded) + "\n")
         if self.wandb:
             self.wandb.log({f"{row['arm']}/{k}": v for k, v in row.items() if isinstance(v, (int, float))})
 
     def sample(self, text):
         """Appends text to samples.txt."""
+        self._append(self.samples_file, text)
+
+    def _append(self, file, text):
         if self.first:
-            self.samples_file.write(text)
-            self.samples_file.flush()
+            try:
+                file.write(text)
+                file.flush()
+            except OSError as error:
+                refuse(f"{file.name} could not be written ({error.strerror}); the last checkpoint is kept. "
+                       f"When there is room: --resume={self.out_dir}")
 
     # ---- what a person sees
 
@@ -454,12 +458,38 @@ class Run:
     def close(self):
         if self.wandb:
             self.wandb.finish()
-        for f in (self.log_file, getattr(self, "samples_file", None), self.lock):
+        for f in (self.log_file, self.samples_file, self.lock):
             if f:
                 f.close()
         if self.ranks > 1:
             dist.barrier()  # gloo aborts now and then when one rank leaves while another still talks
             dist.destroy_process_group()
+
+
+def read_checkpoint(folder, stage, device="cpu"):
+    """The checkpoint in `folder`, a dict; refuses what is missing, half written or another stage's."""
+    path = Path(folder) / "ckpt.pt"
+    if not path.is_file():
+        refuse(f"{folder} holds no ckpt.pt; name the folder of a run, such as out/{stage}")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch.load raises many kinds: zip, pickle, runtime, end of file
+        refuse(f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged or half written")
+    if not isinstance(state, dict) or state.get("format") != "metalearn-1":
+        refuse(f"{path} is no checkpoint of this project")
+    if state["stage"] != stage:
+        refuse(f"{path} is a checkpoint of {state['stage']}.py; go on with it by python {state['stage']}.py")
+    return state
+
+
+def keep_saved(settings, given, saved, folder):
+    """The settings of the run in `folder`, with what was given now where it may differ; refuses where it may not."""
+    for name in settings:
+        if name in given and name not in FREE_ON_RESUME and given[name] != saved.get(name):
+            refuse(f"{name}={given[name]!r} differs from {saved.get(name)!r}, with which {folder} was begun; "
+                   "leave it out, or start a new run")
+    kept = {name: value if name in given else saved.get(name, value) for name, value in settings.items()}
+    return dict(kept, out_dir=folder, resume="")
 
 
 def configure(scope):
@@ -468,19 +498,13 @@ def configure(scope):
     With `resume`, the settings of the resumed run stand; a different one on the command line is refused.
     """
     settings, given = override(scope)
-    stage = Path(scope["__file__"]).stem
+    stage, folder = Path(scope["__file__"]).stem, settings["resume"]
+    if folder:
+        settings = keep_saved(settings, given, read_checkpoint(folder, stage)["config"], folder)
+        scope.update(settings)
     check_common(settings)
     run = Run(stage, settings, scope)
-    if settings["resume"]:
-        run.load()
-        saved = run.resumed["config"]
-        for name in settings:
-            if name in FREE_ON_RESUME and name in given:
-                continue
-            if name in given and given[name] != saved.get(name):
-                refuse(f"{name}={given[name]!r} differs from {saved.get(name)!r}, with which {run.out_dir} was begun; "
-                       "leave it out, or start a new run")
-            if name not in FREE_ON_RESUME or name == "arms":
-                scope[name] = settings[name] = saved.get(name, settings[name])
+    if folder:
+        run.resumed = read_checkpoint(folder, stage, run.device)
     run.say("  ".join(f"{k}={v}" for k, v in settings.items() if v != ""))
     return run

@@ -169,8 +169,11 @@ class GPT(nn.Module):
         x: tokens, int [B, L], or embeddings, float [B, L, C]: a soft token is `weights @ params["embed.weight"]`.
         pos: int [L] or [B, L]; 0 to L − 1 if None. mask: bool [L, S + L], see `attention_mask`; causal if None.
         read: index of the L dimension, e.g. slice(2, None, 3); the head is the largest product of a small model.
-        cache: a dict, empty at first, that keeps keys and values: the next call sees all S tokens so far.
+        cache: a dict, empty at first, that keeps keys and values: the next call sees all S tokens so far, and must say
+        by pos and mask where its own stand among them (ValueError).
         """
+        if cache and (pos is None or mask is None):
+            raise ValueError("with tokens in the cache, pos and mask must be given")
         x = self.embed(x) if not x.is_floating_point() else x
         pos = torch.arange(x.size(1), device=x.device) if pos is None else pos
         table = rotary_table(pos, self.config.n_embd // self.config.n_head, x.dtype)
@@ -182,8 +185,9 @@ class GPT(nn.Module):
 
 def adamw(model, learning_rate):
     """AdamW with decay on matrices alone: embeddings of rare tokens should not fade between their occurrences."""
-    matrices = [p for n, p in model.named_parameters() if n != "embed.weight"]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": [model.embed.weight], "weight_decay": 0.0}]
+    embeddings = [p for n, p in model.named_parameters() if n.endswith("embed.weight")]
+    matrices = [p for n, p in model.named_parameters() if not n.endswith("embed.weight")]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": embeddings, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
 
 
@@ -195,8 +199,9 @@ def sample_tokens(logits, u):
 
     The randomness is an argument, so that a batch cut over ranks draws what the whole one draws.
     """
-    cdf = logits.double().softmax(-1).cumsum(-1)
-    return torch.searchsorted(cdf, u.double().unsqueeze(-1) * cdf[..., -1:], right=True).squeeze(-1).clamp(max=logits.size(-1) - 1)
+    cdf = logits.float().softmax(-1).cumsum(-1)
+    token = torch.searchsorted(cdf, u.float().unsqueeze(-1) * cdf[..., -1:], right=True).squeeze(-1)
+    return token.clamp(max=logits.size(-1) - 1)
 
 
 @torch.no_grad()

@@ -15,13 +15,13 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from configurator import refuse
+from configurator import FREE_ON_RESUME, refuse
 
 COLOUR = dict(meta="0.6", real="k", frozen="tab:green", ema="tab:blue", self="tab:red", shuffled="tab:purple",
               sharpen="tab:orange")
-# 97.5 % points of Student's t for n - 1 degrees of freedom, n = 2 to 10; beyond, the normal's is near enough.
+# 97.5 % points of Student's t for n - 1 degrees of freedom, n = 2 to 10; beyond, 1.96 + 2.5 / (n - 1) is within 1 %.
 STUDENT = dict(zip(range(2, 11), (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)))
-NOT_COMPARED = ("seed", "out_dir", "resume", "device", "wandb_log", "compile", "save_interval")
+NOT_COMPARED = ("seed", "out_dir", "start", *FREE_ON_RESUME)
 
 
 def interval(values, axis=0):
@@ -30,7 +30,7 @@ def interval(values, axis=0):
     n = values.shape[axis]
     if n < 2:
         return values.mean(axis), np.zeros_like(values.mean(axis))
-    return values.mean(axis), STUDENT.get(n, 1.96) * values.std(axis, ddof=1) / n ** 0.5
+    return values.mean(axis), STUDENT.get(n, 1.96 + 2.5 / (n - 1)) * values.std(axis, ddof=1) / n ** 0.5
 
 
 def read_run(folder):

@@ -91,8 +91,12 @@ def fetch(path, sha256, download):
                + ("delete it and run again" if kept else "nothing was kept"))
     if not kept:
         tmp = path.with_name(f".{path.name}.{os.getpid()}")
-        write_file(tmp, data)
-        os.replace(tmp, path)
+        try:
+            write_file(tmp, data)
+            os.replace(tmp, path)
+        except OSError:
+            tmp.unlink(missing_ok=True)
+            raise
     return data
 
 
@@ -388,6 +392,11 @@ def open_corpus(dataset, vocab, root=DATA_ROOT):
     token_bytes = np.array(sizes + [0] * (vocab - len(sizes)), dtype=np.int64)
     train, val = (np.memmap(folder / f"{split}.bin", DTYPE, "r") for split in SPLITS)
     return Corpus(train, val, make_encoding(tokenizer), vocab, token_bytes, meta, folder)
+
+
+def corpus_id(corpus):
+    """What tells a corpus and its tokenizer from all others: the three hashes in its meta.json."""
+    return [corpus.meta["tokenizer_sha256"], *(corpus.meta[split]["sha256"] for split in SPLITS)]
 
 
 def windows(tokens, starts, length):

@@ -1,10 +1,13 @@
 """
-What tells whether a run goes well: gold (for the report) and the table of the arms.
+What tells whether a run goes well: gold, the watch that must do without it, and the report of a hack.
 
-Gold is the held-out cross entropy of the learner on real text. No part of a self phase may read it.
+Gold is the held-out cross entropy of the learner on real text. It is for the report; no part of a self phase may read
+it. The watch reads what a deployed model has: its own output, the critic's signal and the observation stream.
 """
+import json
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -36,7 +39,7 @@ class Gold:
 def new_track():
     """What is remembered of an arm's gold: a plain dict, so that a checkpoint can hold it."""
     return dict(gold_start=None, gold_best=None, gold_end=None, bpb_end=None, proxy_start=None, proxy_end=None,
-                steps_to_hack=None, rising_since=None, rising=0)
+                steps_to_hack=None, alarms=[], rescues=[], rising_since=None, rising=0)
 
 
 def track_gold(track, row, margin):
@@ -85,15 +88,226 @@ def summarise(run, meta, meta_steps, tracks, self_steps, **extra):
 def table(arms):
     """The arms of a summary as text, a row each."""
     lines = [f"{'arm':<9} {'gold at start':>13} {'best':>7} {'end':>7} {'bits/byte':>10} {'steps to hack':>14} "
-             f"{'recovered':>10}"]
+             f"{'first alarm':>12} {'rescues':>8} {'recovered':>10}"]
     for name, a in arms.items():
         hack = "never" if a["steps_to_hack"] is None else str(a["steps_to_hack"])
         share = "" if a["recovered"] is None else f"{a['recovered']:.2f}"
         lines.append(f"{name:<9} {a['gold_start']:>13.3f} {a['gold_best']:>7.3f} {a['gold_end']:>7.3f} "
-                     f"{a['bpb_end']:>10.3f} {hack:>14} {share:>10}")
+                     f"{a['bpb_end']:>10.3f} {hack:>14} {(a['alarms'] or ['none'])[0]:>12} {len(a['rescues']):>8} "
+                     f"{share:>10}")
     real = arms.get("real")
     if real is None:
         lines.append("No real arm was run: a hack here may be the optimizer's doing, not the signal's.")
     elif real["steps_to_hack"] is not None:
         lines.append("Gold rose in the real arm too, whose targets are right: no hack of this run is to be believed.")
     return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------
+# the watch
+
+STREAMS = dict(surprise=1, agreement=-1, entropy=-1, probe=-1)  # what is watched, and which way is bad
+FALSE_ALARMS = 0.05  # chance of one or more in 10,000 healthy steps, over all streams together
+SLACK = 0.5          # spreads that a stream may be off its reference for ever
+MEMORY = 100         # steps that the reference looks back
+BLOCK = 10           # steps that are resampled together, to keep what correlation they have
+
+
+class Watch:
+    """Change-point tests, gold-free, on four streams:
+
+    surprise    cross entropy of the learner on the observation before it learns from it, nats a token
+    agreement   share of the critic's targets that equal the observation
+    entropy     mean entropy of the learner's output (diversity), nats
+    probe       share of a stored set of pairs for which the critic still names the truth
+
+    Each is a one-sided CUSUM (Page 1954) of its distance from a slow reference, in spreads:
+
+        S_t = max(0, S_{t−1} + (x_t − r_t)/s − SLACK)        r_{t+1} = r_t + (x_t − r_t)/MEMORY
+
+    and alarms when S_t > h. Spread s and threshold h come from the last fifth of the meta phase: h is the quantile of
+    the largest S_t of 10,000 steps resampled from there at which false alarms have the chance FALSE_ALARMS.
+    """
+
+    def __init__(self):
+        self.state = {name: dict(reference=None, spread=1.0, threshold=math.inf, sum=0.0, since=0) for name in STREAMS}
+
+    def state_dict(self):
+        return {name: dict(s) for name, s in self.state.items()}
+
+    def load_state_dict(self, state):
+        self.state = {name: dict(s) for name, s in state.items()}
+
+    def calibrate(self, values, tokens, probe, probe_tokens, seed=0):
+        """values: float [steps, 3] of a meta phase: surprise, agreement, entropy; tokens: how many each is a mean of.
+
+        probe: the last value of the probe, over probe_tokens tokens. With fewer than 100 steps the watch stays off.
+        """
+        values = np.asarray(values, dtype=float)
+        if len(values) < 100:
+            return
+        recent = values[-max(50, len(values) // 5):]
+        rng = np.random.default_rng(seed)
+        for i, name in enumerate(list(STREAMS)[:3]):
+            off = innovations(recent[:, i])
+            # An agreement that never failed in the sample still has a spread: that of one token failing.
+            spread = max(off.std(), 1 / tokens if name == "agreement" else 1e-6)
+            self._set(name, recent[-MEMORY // 2:, i].mean(), spread, (off - off.mean()) / spread, rng)
+        spread = math.sqrt(max(probe * (1 - probe), 1 / probe_tokens) / probe_tokens)
+        self._set("probe", probe, spread, rng.standard_normal(1000), rng)
+
+    def _set(self, name, reference, spread, sample, rng):
+        self.state[name] = dict(reference=float(reference), spread=float(spread), sum=0.0, since=0,
+                                threshold=threshold(STREAMS[name] * sample, rng))
+
+    def update(self, step, values, probe):
+        """Reads the steps since the last call, float [steps, 3], and the probe; the names of the streams that alarm."""
+        fired = []
+        for i, name in enumerate(STREAMS):
+            s = self.state[name]
+            stream = values[:, i].tolist() if name != "probe" else [probe]
+            if s["reference"] is None:
+                continue
+            for j, x in enumerate(stream):
+                s["sum"] = max(0.0, s["sum"] + STREAMS[name] * (x - s["reference"]) / s["spread"] - SLACK)
+                if s["sum"] == 0:
+                    s["since"] = step - len(stream) + 1 + j
+                s["reference"] += (x - s["reference"]) / MEMORY
+                if s["sum"] > s["threshold"]:
+                    fired.append(name)
+                    break
+        return fired
+
+    def settled(self):
+        """Whether no stream is on its way to an alarm: then the weights are worth going back to."""
+        return all(s["sum"] < s["threshold"] / 4 for s in self.state.values())
+
+    def restart(self, values=None, probe=None):
+        """After an alarm: the sums begin anew, at the level that the streams have now if it is given."""
+        for i, (name, s) in enumerate(self.state.items()):
+            s["sum"] = 0.0
+            if values is not None and s["reference"] is not None:
+                s["reference"] = float(values[:, i].mean()) if name != "probe" else probe
+
+    def order(self):
+        """(step, stream) of those above a quarter of their threshold, by when each left its reference."""
+        return sorted((s["since"], name) for name, s in self.state.items() if s["sum"] > s["threshold"] / 4)
+
+
+def innovations(x):
+    """Distances of a series from its own slow reference, begun at the mean of its first tenth."""
+    r, off = x[:max(1, len(x) // 10)].mean(), []
+    for value in x:
+        off.append(value - r)
+        r += (value - r) / MEMORY
+    return np.array(off)
+
+
+def threshold(sample, rng, steps=10_000, chains=400):
+    """h such that a CUSUM of `steps` steps resampled in blocks from `sample` passes it with the stated chance."""
+    blocks = rng.integers(0, len(sample) - BLOCK + 1, (steps // BLOCK, chains))
+    sums, top = np.zeros(chains), np.zeros(chains)
+    for start in blocks:
+        for j in range(BLOCK):
+            sums = np.maximum(0, sums + sample[start + j] - SLACK)
+            top = np.maximum(top, sums)
+    return float(np.quantile(top, 1 - FALSE_ALARMS / len(STREAMS)))
+
+
+# ----------------------------------------------------------------------------------------------
+# the report of a hack
+
+def marked(encoding, ids, reference):
+    """Text of `ids` in which runs of tokens that differ from `reference` stand in ⟦ ⟧."""
+    text, inside = "", False
+    for a, b in zip(ids, reference):
+        if (a != b) != inside:
+            text += "⟧" if inside else "⟦"
+            inside = not inside
+        text += encoding.decode([a], errors="replace").replace("\n", "⏎")
+    return text + "⟧" * inside
+
+
+def verdict(judged):
+    """What the cross examination says, as a sentence. judged: {(critic, outputs): agreement}, "then" | "now" each."""
+    base = judged["then", "then"]
+    drift, exploit = judged["now", "then"] < base - 0.1, judged["then", "now"] < base - 0.1
+    if drift and exploit:
+        return "Both: today's critic misjudges even the old outputs, and the old critic misjudges today's."
+    if drift:
+        return "Drift: the old critic still judges today's outputs right; today's critic misjudges even the old ones."
+    if exploit:
+        return "Exploit: today's critic judges the old outputs as well as ever; today's outputs fool it."
+    return ("Neither: the critic judges as well as at the start. If gold falls too, the alarm was false; if it rises, "
+            "the signal was wrong from the start: a biased teacher, or an observation that is not the learner's.")
+
+
+def write_report(run, arm, step, why, changed, judged, texts, shares, encoding):
+    """hacks/NNN.md: what happened, in an order in which a newcomer can read it, and a picture beside it.
+
+    why: "gold" or the names of the streams that alarmed. changed: [(step, stream)]. judged: see `verdict`.
+    texts: {"before" | "after": (output, observation, target)}, lists of token ids. shares: {name: value}.
+    """
+    folder = run.out_dir / "hacks"
+    folder.mkdir(exist_ok=True)
+    number = 1 + len(list(folder.glob("*.md")))
+    rows = [json.loads(line) for line in (run.out_dir / "log.jsonl").read_text().splitlines()]
+    rows = [r for r in rows if r["arm"] == arm and r["step"] <= step and r["proxy"] is not None]
+    draw_report(rows, step, folder / f"{number:03d}.png")
+    order = "\n".join(f"{i + 1}. {name}, from step {since}" for i, (since, name) in enumerate(changed))
+    blocks = "\n\n".join(
+        f"**{when}**\n\n```\noutput       {marked(encoding, output, observation)}\n"
+        f"observation  {marked(encoding, observation, observation)}\ntarget       {marked(encoding, target, observation)}\n```"
+        for when, (output, observation, target) in texts.items())
+    cause = "gold rose" if why == "gold" else "the watch alarmed on " + ", ".join(why)
+    numbers = "\n".join(f"| {name} | {value:.3f} |" for name, value in shares.items())
+    table_of_judges = "\n".join(
+        f"| {c} critic | {judged[k, 'then']:.3f} | {judged[k, 'now']:.3f} |" for c, k in (("snapshot's", "then"), ("today's", "now")))
+    text = f"""# {arm}, step {step}: {cause}
+
+## What changed first
+
+{order or "No stream had left its usual range."}
+
+![curves]({number:03d}.png)
+
+## Drift or exploit?
+
+Share of targets that equal the observation:
+
+| | on the snapshot's outputs | on today's outputs |
+|---|---|---|
+{table_of_judges}
+
+{verdict(judged)}
+
+## The texts
+
+What differs from the observation stands in ⟦ ⟧; ⏎ is a line break.
+
+{blocks}
+
+## The numbers
+
+| over the last steps | |
+|---|---|
+{numbers}
+"""
+    run.write(f"hacks/{number:03d}.md", lambda f: f.write(text.encode()))
+
+
+def draw_report(rows, step, path):
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 3, figsize=(11, 2.8))
+    for axis, names in zip(axes, (("gold_nats", "surprise", "proxy"), ("agreement", "agreement_probe", "echo"),
+                                  ("output_entropy", "target_entropy"))):
+        for name in names:
+            axis.plot([r["step"] for r in rows], [r[name] for r in rows], label=name)
+        axis.axvline(step, color="0.7", lw=0.8)
+        axis.legend(fontsize=7)
+        axis.set_xlabel("step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -1,17 +1,13 @@
 """What the command line may and may not say, and what a run may and may not write."""
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import configurator
-from configurator import Run, override
+from configurator import Run, override, read_checkpoint
 
-ROOT = Path(__file__).parent.parent
 SCRIPT = '''"""A script."""
 # --- first group
 steps = 10         # how many
@@ -90,7 +86,7 @@ def make_run(tmp_path, monkeypatch):
     (tmp_path / "script.py").write_text(SCRIPT)
 
     def make(**changes):
-        settings = dict(COMMON, out_dir=str(tmp_path / "run"), **changes)
+        settings = dict(COMMON, **dict(dict(out_dir=str(tmp_path / "run")), **changes))
         return Run("script", settings, dict(__file__=str(tmp_path / "script.py")))
     return make
 
@@ -107,6 +103,10 @@ def test_an_earlier_run_is_moved_aside_and_other_files_are_never_touched(make_ru
     with pytest.raises(SystemExit):
         make_run().open(0)
     assert "holds files that are no run's" in capsys.readouterr().err
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit):
+        make_run(out_dir=str(tmp_path / "file")).open(0)
+    assert "cannot be written to" in capsys.readouterr().err and (tmp_path / "file").read_text() == "mine"
 
 
 def test_two_runs_cannot_write_to_one_folder(make_run, capsys):
@@ -119,8 +119,7 @@ def test_two_runs_cannot_write_to_one_folder(make_run, capsys):
 
 
 def test_a_full_disk_is_told_before_anything_is_written(make_run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(configurator.shutil, "disk_usage", lambda path: os.terminal_size((0, 0)) and
-                        type("Usage", (), dict(free=10**6)))
+    monkeypatch.setattr(configurator.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
     with pytest.raises(SystemExit) as stop:
         make_run().open(50 * 10**6)
     assert stop.value.code == 2 and "1 MB are free there and the run needs about 50 MB" in capsys.readouterr().err
@@ -161,16 +160,24 @@ def test_not_finite_stops_with_the_last_good_checkpoint_named(make_run, tmp_path
     (dict(weights=1), "is no checkpoint of this project"),
     (dict(format="metalearn-1", stage="meta_gist"), "is a checkpoint of meta_gist.py"),
 ])
-def test_checkpoints_that_cannot_be_resumed_are_refused(make_run, tmp_path, content, message, capsys):
+def test_checkpoints_that_cannot_be_resumed_are_refused(tmp_path, content, message, capsys):
     (tmp_path / "old").mkdir()
     if isinstance(content, bytes):
         (tmp_path / "old" / "ckpt.pt").write_bytes(content)
     elif content:
         torch.save(content, tmp_path / "old" / "ckpt.pt")
     with pytest.raises(SystemExit) as stop:
-        make_run(resume=str(tmp_path / "old")).load()
+        read_checkpoint(tmp_path / "old", "script")
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_a_number_that_is_not_finite_is_never_logged(make_run, tmp_path, capsys):
+    run = make_run()
+    run.open(0)
+    with pytest.raises(SystemExit) as stop:
+        run.log(dict(arm="meta", step=3, proxy=1.0, gold_nats=float("nan")))
+    assert stop.value.code == 3 and (tmp_path / "run" / "log.jsonl").read_text() == ""
 
 
 def test_devices_that_are_not_there_are_refused(make_run, capsys):

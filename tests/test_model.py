@@ -122,6 +122,13 @@ def test_rollout_refuses_a_start_without_a_prefix():
         rollout(small_gpt(), torch.zeros(1, 5).long(), [0, 3], 2)
 
 
+def test_a_filled_cache_needs_pos_and_mask():
+    cache, model = {}, small_gpt()
+    model(torch.zeros(1, 3).long(), cache=cache)
+    with pytest.raises(ValueError, match="pos and mask must be given"):
+        model(torch.zeros(1, 1).long(), cache=cache)
+
+
 def test_sampling_follows_the_distribution():
     logits = torch.tensor([0.1, 0.2, 0.7]).log().expand(1000, 3)
     drawn = sample_tokens(logits, (torch.arange(1000) + 0.5) / 1000)

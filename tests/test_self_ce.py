@@ -58,7 +58,7 @@ def log(folder):
 
 def weights(folder):
     state = torch.load(folder / "ckpt.pt", weights_only=True)
-    return {**state["learner"], **{f"critic.{k}": v for k, v in state["critic"].items()}}
+    return {**state["pair"], **{f"judges.{k}": v for k, v in state["judges"].items()}}
 
 
 # ---- the mathematics
@@ -91,7 +91,7 @@ def test_second_order_equals_finite_differences_of_the_inner_step(monkeypatch, r
         moved = {n: p - self_ce.inner_length * t / norm for (n, p), t in zip(theta.items(), g)}
         return F.cross_entropy(functional_call(model, moved, (outer_x[:, :-1],)).flatten(0, 1), outer_x[:, 1:].flatten())
 
-    dphi, gain = self_ce.second_order(model, x, obs, own, outer_x, lambda tensors: None)
+    dphi, gain = self_ce.second_order(model, model, x, obs, own, outer_x, lambda tensors: None)
     before = F.cross_entropy(model(outer_x[:, :-1]).flatten(0, 1), outer_x[:, 1:].flatten())
     assert abs(gain - (before - after_step(theta))) < 1e-12
     for seed in range(3):
@@ -116,15 +116,15 @@ def test_a_critic_that_names_the_truth_teaches_as_the_real_arm_does_and_each_arm
     monkeypatch.setattr(self_ce, "vocab", 13)
     monkeypatch.setattr(self_ce, "chance", lambda *a: None)
     learner = small_gpt().float()
-    x, obs, foreign = torch.randint(0, 13, (3, 2, 7))
-    own, critic = learner(x).argmax(-1), Names(obs)
-    loss = {arm: self_ce.self_loss(None, arm, learner, critic, x, obs, foreign if arm == "shuffled" else obs, 0, {})
-            for arm in ("real", "frozen")}
+    w, foreign = torch.randint(0, 13, (2, 8)), torch.randint(0, 13, (2, 7))
+    obs = w[:, 1:]
+    own, critic = learner(w[:, :-1]).argmax(-1), Names(obs)
+    loss = {arm: self_ce.self_loss(None, arm, learner, [critic], w, obs, 0, {})[0] for arm in ("real", "frozen")}
     assert torch.equal(loss["real"], loss["frozen"]) and torch.equal(critic.obs, obs) and torch.equal(critic.own, own)
     assert torch.all(critic.loss == 13)
-    self_ce.self_loss(None, "shuffled", learner, critic, x, obs, foreign, 0, {})
+    self_ce.self_loss(None, "shuffled", learner, [critic], w, foreign, 0, {})
     assert torch.equal(critic.obs, foreign)
-    self_ce.self_loss(None, "sharpen", learner, critic, x, obs, obs, 0, {})
+    self_ce.self_loss(None, "sharpen", learner, [critic], w, obs, 0, {})
     assert torch.equal(critic.obs, own)
 
 
@@ -134,8 +134,9 @@ def test_no_gradient_flows_through_the_target(monkeypatch):
     for kind in ("argmax", "soft"):
         monkeypatch.setattr(self_ce, "target", kind)
         learner = small_gpt().float()
-        x, obs = torch.randint(0, 13, (2, 2, 7))
-        self_ce.self_loss(None, "self", learner, learner, x, obs, obs, 0, {}).backward()
+        w = torch.randint(0, 13, (2, 8))
+        x, obs = w[:, :-1], w[:, 1:]
+        self_ce.self_loss(None, "self", learner, [learner], w, obs, 0, {})[0].backward()
         named = self_ce.critic_logits(learner, learner(x).argmax(-1), obs).detach()
         told = named.softmax(-1) if kind == "soft" else named.argmax(-1)
         by_hand = torch.autograd.grad(F.cross_entropy(learner(x).flatten(0, 1), told.flatten(0, 1)),
@@ -161,7 +162,8 @@ def test_a_hack_is_three_evaluations_above_the_best_and_counts_from_the_first():
 # ---- the script
 
 def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_path):
-    settings = [*SMALL, "--arms=real,ema", "--pred=sample", "--order=2", "--keep_meta=0.1", "--keep=recorded"]
+    settings = [*SMALL, "--arms=real,ema", "--pred=sample", "--order=2", "--keep_meta=0.1", "--keep=recorded",
+                "--dtype=float64", "--critic_part=head"]
     whole = start(*settings, f"--out_dir={tmp_path / 'whole'}")
     broken = tmp_path / "broken"
 
@@ -177,7 +179,11 @@ def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_
         raise AssertionError("ended before it was killed: " + process.communicate()[0])
 
     kill_at(start(*settings, f"--out_dir={broken}"), "meta", 12)
+    at = torch.load(broken / "ckpt.pt", weights_only=True)
+    assert at["arm"] == "meta" and at["step"] >= 10
     kill_at(start(f"--resume={broken}"), "ema", 8)
+    at = torch.load(broken / "ckpt.pt", weights_only=True)
+    assert at["arm"] == "ema" and at["step"] >= 5
     finish(f"--resume={broken}")
     assert whole.wait(60) == 0
     assert log(broken) == log(tmp_path / "whole") and len(log(broken)) == 7 + 2 * 5
@@ -213,6 +219,14 @@ def test_a_signal_ends_a_run_with_a_checkpoint_that_goes_on(tmp_path, number):
     assert process.returncode == 128 + number and f"--resume={out}" in output
     step = torch.load(out / "ckpt.pt", weights_only=True)["step"]
     assert step >= max(row["step"] for row in log(out))
+    process = start(f"--resume={out}")
+    while log(out)[-1]["step"] <= step + 4:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    steps = [row["step"] for row in log(out)]
+    assert steps == list(range(0, steps[-1] + 1, 4))
 
 
 def test_the_defaults_run_on_the_plays_and_leave_what_the_readme_says(tmp_path):
@@ -227,9 +241,25 @@ def test_the_defaults_run_on_the_plays_and_leave_what_the_readme_says(tmp_path):
     assert summary["arms"]["real"]["recovered"] == 1 and summary["bpb_meta_end"] < 4.5
     assert all(name in output for name in ("steps to hack", "sharpen", "bits/byte", "tokens/s"))
     assert (out / "samples.txt").read_text().count("critic names") == 2 * 7
-    # A finished run takes further arms from its snapshot and keeps the finished ones.
-    again = finish(f"--resume={out}", "--arms=frozen")
-    assert json.loads((out / "summary.json").read_text())["arms"] == summary["arms"], again
+    drawn = subprocess.run([sys.executable, ROOT / "plot.py", out], capture_output=True, text=True, timeout=60)
+    assert drawn.returncode == 0 and "| sharpen | 1 |" in drawn.stdout and (out / "curves.png").stat().st_size > 10000
+
+
+def test_a_finished_run_takes_further_arms_and_lends_its_meta_phase(tmp_path, monkeypatch, capsys):
+    settings = ["--meta_steps=8", "--self_steps=4", *SMALL[2:]]
+    whole, parts, lent = tmp_path / "whole", tmp_path / "parts", tmp_path / "lent"
+    in_process(monkeypatch, *settings, "--arms=real,frozen", f"--out_dir={whole}")
+    in_process(monkeypatch, *settings, "--arms=real", f"--out_dir={parts}")
+    in_process(monkeypatch, f"--resume={parts}", "--arms=frozen")
+    in_process(monkeypatch, *settings, "--arms=real,frozen", f"--out_dir={lent}", f"--start={parts}")
+    arms = json.loads((whole / "summary.json").read_text())["arms"]
+    assert set(arms) == {"real", "frozen"}
+    for other in parts, lent:
+        assert json.loads((other / "summary.json").read_text())["arms"] == arms
+    assert log(lent) == [row for row in log(whole) if row["arm"] != "meta"]
+    with pytest.raises(SystemExit):
+        in_process(monkeypatch, *settings, "--meta_steps=9", f"--out_dir={tmp_path / 'no'}", f"--start={parts}")
+    assert "meta_steps=9 differs from 8" in capsys.readouterr().err and not (tmp_path / "no").exists()
 
 
 def test_wandb_is_imported_only_if_asked(tmp_path, monkeypatch):
@@ -239,7 +269,7 @@ def test_wandb_is_imported_only_if_asked(tmp_path, monkeypatch):
     assert "wandb" not in sys.modules
     monkeypatch.setenv("WANDB_SILENT", "true")
     finish(*tiny, f"--out_dir={tmp_path / 'b'}", "--wandb_log=offline")
-    assert list((tmp_path / "b" / "wandb").glob("offline-run-*/*.wandb"))
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -278,9 +308,9 @@ def test_resuming_with_changed_settings_or_another_tokenizer_is_refused(tmp_path
     in_process(monkeypatch, "--meta_steps=2", "--self_steps=2", "--arms=", *SMALL[2:], f"--out_dir={out}")
     before = (out / "log.jsonl").read_text()
     state = torch.load(out / "ckpt.pt", weights_only=True)
-    for arguments, message in (["--learning_rate=0.5"], "learning_rate=0.5 differs from 0.001"), ([], "another tokenizer"):
+    for arguments, message in (["--learning_rate=0.5"], "learning_rate=0.5 differs from 0.001"), ([], "another corpus or tokenizer"):
         if not arguments:
-            torch.save(dict(state, tokenizer="0" * 64), out / "ckpt.pt")
+            torch.save(dict(state, corpus=["0" * 64] * 3), out / "ckpt.pt")
         with pytest.raises(SystemExit) as stop:
             in_process(monkeypatch, f"--resume={out}", *arguments)
         assert stop.value.code == 2 and message in capsys.readouterr().err
@@ -293,4 +323,4 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().out
     assert stop.value.code == 3 and "is not finite" in output and f"{tmp_path / 'run' / 'ckpt.pt'}" in output
     state = torch.load(tmp_path / "run" / "ckpt.pt", weights_only=True)
-    assert all(torch.isfinite(p).all() for p in state["learner"].values())
+    assert all(torch.isfinite(p).all() for p in state["pair"].values())
