@@ -28,7 +28,7 @@ from torch.func import functional_call, grad, jvp
 from configurator import configure, read_checkpoint, refuse
 from model import GPT, GPTConfig, adamw, rollout, sample_tokens
 from prepare_data import corpus_id, decode, get_batch, open_corpus, prepare, val_windows
-from watch import Gold, Watch, new_track, summarise, track_gold, write_report
+from watch import MEMORY, STREAMS, Gold, Watch, new_track, summarise, track_gold, write_report
 
 # --- experiment
 arms = "real,self,frozen,ema,shuffled,sharpen"  # any of self, frozen, ema, real, shuffled, sharpen, with commas
@@ -55,6 +55,7 @@ keep = "random"         # "random" | "recorded": on random strings (no leak), or
 anchor = 0.0            # weight of a leash: KL(learner ‖ snapshot), nats a token
 trust = 0.0             # largest KL(before ‖ after) of one step, nats a token; 0 is no bound
 rescue_steps = 0        # steps back in the meta phase after an alarm, from the last good weights; 0 is no rescue
+rescue_reads = "hacked" # "hacked" | "own": whether the critic is then trained on the hacked outputs too
 # --- model
 n_layer = 2             # blocks
 n_head = 4              # heads in each
@@ -85,7 +86,7 @@ wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Bia
 ARMS = ("self", "frozen", "ema", "real", "shuffled", "sharpen")
 # Settings that the meta phase does not read: with `start`, the others must be those of the run started from.
 SELF_PHASE = ("arms", "self_steps", "target", "hack_margin", "critics", "self_rate", "ema_decay", "keep_meta", "keep",
-              "anchor", "trust", "rescue_steps", "eval_interval", "eval_windows",
+              "anchor", "trust", "rescue_steps", "rescue_reads", "eval_interval", "eval_windows",
               "save_interval", "device", "compile", "out_dir", "resume", "start", "wandb_log")
 # Independent streams of data and of random numbers.
 TEXT, FOREIGN, CHANCE, OUTER, KEPT, PROBE, ADVERSARY, RESCUE = range(8)
@@ -360,7 +361,7 @@ def rescue(run, corpus, learner, role, pair, optimizer, good, step):
     for i in range(rescue_steps):
         w = text(run, corpus, step * rescue_steps + i, RESCUE)
         with run.autocast():
-            loss, _ = meta_loss(run, learner, role, w, step + i, None, hacked)
+            loss, _ = meta_loss(run, learner, role, w, step + i, None, hacked if rescue_reads == "hacked" else None)
         take_step(run, pair, optimizer, loss)
 
 
@@ -597,8 +598,9 @@ def main():
                     run.say(f"{arm}: hacked at step {track['steps_to_hack']}, gold {row['gold_nats']:.3f} after a best "
                             f"of {track['gold_best']:.3f}")
                     report(run, arm, step, "gold", watch, learner, asked, snapshot, corpus, row)
-                alarms = watch.update(step, stream.cpu(), row["agreement_probe"]) if stream is not None else []
-                if alarms:
+                listens = ("surprise", "entropy") if arm == "real" else tuple(STREAMS)  # real has no critic to watch
+                alarms = watch.update(step, stream.cpu(), row["agreement_probe"], listens) if stream is not None else []
+                if alarms and (rescue_steps or step - (track["alarms"] or [-MEMORY])[-1] >= MEMORY):
                     track["alarms"].append(step)
                     report(run, arm, step, alarms, watch, learner, asked, snapshot, corpus, row)
                 if alarms and rescue_steps and arm != "real":
@@ -609,7 +611,7 @@ def main():
                     watch.load_state_dict(at["good"]["watch"])
                     watch.restart()
                     track["rescues"].append(step)
-                    at["real_targets"] += 3 * rescue_steps * batch_size * block_size
+                    at["real_targets"] += (3 if rescue_reads == "hacked" else 2) * rescue_steps * batch_size * block_size
                 elif alarms:
                     watch.restart(stream.cpu(), row["agreement_probe"])
                 elif rescue_steps and watch.settled():

@@ -4,9 +4,10 @@ Many runs of one script, two at a time, that go on where they were when started 
     python study.py 1            # stage 1: the grid behind the README's table, about MINUTES on two cores
     python study.py 1 --list     # what it would run, and what is done
 
-Each run is a process of its own with one thread, in out/study-1/<name>/seed-<n>. A finished run has a summary.json and
+Each run is a process of its own with one thread, in out/study-1/<name>/<seed>. A finished run has a summary.json and
 is not run again; one that was interrupted is resumed from its checkpoint.
 """
+import fcntl
 import os
 import signal
 import subprocess
@@ -18,19 +19,60 @@ from configurator import refuse
 
 AT_ONCE = 2
 ROOT = Path(__file__).resolve().parent
+OUT = ROOT / "out"
+
+BASE = "--start={out}/study-1/base/{seed}"  # levers of the self phase share one meta phase a seed
+LEVER = "--self_steps=400 --arms=self"
 
 # study: (script, {name of a point: settings that differ from the script's}, seeds)
 STUDIES = {
+    "1": ("self_ce.py", {
+        "base": "",
+        # how long: 20 times the meta phase
+        "long": "--batch_size=2 --meta_steps=1000 --self_steps=20000 --arms=real,frozen --eval_interval=100 --save_interval=2000",
+        # levers of the self phase
+        "keep-random": f"{BASE} --self_steps=400 --arms=self,ema --keep_meta=0.1",
+        "keep-recorded": f"{BASE} {LEVER} --keep_meta=0.1 --keep=recorded",
+        "anchor": f"{BASE} {LEVER} --anchor=0.3",
+        "trust": f"{BASE} {LEVER} --trust=0.001",
+        "rescue-hacked": f"{BASE} --self_steps=400 --arms=self,ema --rescue_steps=20",
+        "rescue-own": f"{BASE} {LEVER} --rescue_steps=20 --rescue_reads=own",
+        "ema-.99": f"{BASE} --self_steps=400 --arms=ema --ema_decay=0.99",
+        "ema-.9999": f"{BASE} --self_steps=400 --arms=ema --ema_decay=0.9999",
+        "soft": f"{BASE} --self_steps=400 --arms=self,frozen,ema --target=soft",
+        "keep-random+anchor": f"{BASE} {LEVER} --keep_meta=0.1 --anchor=0.3",
+        "ema-.9999+anchor": f"{BASE} --self_steps=400 --arms=ema --ema_decay=0.9999 --anchor=0.3",
+        # levers of the meta phase
+        "random": f"{LEVER} --adversarial=0.3",
+        "corrupted": f"{LEVER} --adversarial=0.3 --adversary=corrupted",
+        "flips": f"{LEVER} --adversarial=0.3 --adversary=flips",
+        "own-head": f"{LEVER} --critic_part=head",
+        "own-block": f"{LEVER} --critic_part=block",
+        "order-2": f"{LEVER} --order=2",
+        # the law: steps to hack against meta steps, rate and vocabulary
+        "meta-250": f"{LEVER} --meta_steps=250",
+        "meta-1000": f"{LEVER} --meta_steps=1000",
+        "rate-.25": f"{BASE} {LEVER} --self_rate=0.25",
+        "rate-2": f"{BASE} --self_steps=200 --arms=self --self_rate=2",
+        "vocab-256": "--self_steps=200 --arms=self --vocab=256",
+        "vocab-1024": "--self_steps=200 --arms=self --vocab=1024",
+        # ensembles, where there is something to disagree about
+        "biased": "--meta_steps=300 --self_steps=400 --arms=real,frozen",
+        "biased-mean": "--meta_steps=300 --n_critic=3 --self_steps=400 --arms=frozen",
+        "biased-weights": "--meta_steps=300 --n_critic=3 --critics=weights --self_steps=400 --arms=frozen",
+    }, (1, 2, 3, 4, 5)),
+    # Where is a frozen critic hacked only after hundreds of steps, as earlier work saw at 750?
     "hunt": ("self_ce.py", {
-        # Where is the frozen critic hacked after hundreds of steps, as earlier work saw at 750?
         **{f"accuracy-{m}": f"--vocab=4096 --meta_steps={m} --self_steps=1200 --arms=real,frozen --eval_interval=20"
-           for m in (450, 500, 550, 600)},
-        **{f"repeated-{n}": f"--train_tokens={n} --meta_steps={m} --self_steps=3000 --arms=real,frozen --eval_interval=20"
-           for n, m in ((5000, 500), (30000, 500))},
-        "repeated-4096": "--vocab=4096 --train_tokens=30000 --meta_steps=550 --self_steps=1200 --arms=real,frozen --eval_interval=20",
+           for m in (450, 500, 550, 600, 700, 800)},
+        **{f"repeated-{n}": f"--train_tokens={n} --self_steps=3000 --arms=real,frozen --eval_interval=20"
+           for n in (5000, 30000)},
+        "repeated-4096": "--vocab=4096 --train_tokens=30000 --meta_steps=550 --self_steps=1200 --arms=real,frozen "
+                         "--eval_interval=20",
         "next": "--loss_reads=next --self_steps=2000 --arms=real,frozen,ema,self --eval_interval=20",
         "next-soft": "--loss_reads=next --target=soft --self_steps=2000 --arms=real,frozen,self --eval_interval=20",
-        "slow": "--vocab=4096 --block_size=42 --learning_rate=1e-4 --meta_steps=1000 --self_steps=1200 --arms=real,frozen,self --eval_interval=20",
+        "slow": "--vocab=4096 --block_size=42 --learning_rate=1e-4 --meta_steps=1000 --self_steps=1200 "
+                "--arms=real,frozen,self --eval_interval=20",
     }, (1,)),
 }
 
@@ -40,39 +82,56 @@ def jobs(study):
     script, points, seeds = STUDIES[study]
     for seed in seeds:
         for name, settings in points.items():
-            folder = Path("out") / f"study-{study}" / name / f"seed-{seed}"
-            command = [sys.executable, ROOT / script, f"--seed={seed}", f"--out_dir={folder}", *settings.split()]
+            folder = OUT / f"study-{study}" / name / str(seed)
+            words = settings.format(seed=seed, out=OUT).split()
+            command = [sys.executable, ROOT / script, f"--seed={seed}", f"--out_dir={folder}", *words]
             if (folder / "ckpt.pt").exists():
                 command = [sys.executable, ROOT / script, f"--resume={folder}"]
             yield folder, command
 
 
+def finished(folder):
+    return (folder / "summary.json").exists()
+
+
+def ready(folder, command):
+    """Whether a run can start: no run of an earlier study still writes there, and the one it starts from is finished."""
+    if (folder / ".lock").exists():
+        with open(folder / ".lock") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return False
+    return all(finished(Path(str(word)[8:])) for word in command if str(word).startswith("--start="))
+
+
 def launch(folder, command):
-    log = ROOT / folder.parent / f"{folder.name}.txt"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "a") as f:
+    """Starts a run on one thread; what it prints goes to <seed>.txt beside its folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.txt", "a") as f:
         return subprocess.Popen(command, stdout=f, stderr=f, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"))
 
 
 def run_all(todo):
     """Runs (folder, command) pairs, AT_ONCE at a time; returns the folders whose run failed."""
-    began, done, running, failed = time.time(), 0, {}, []
-    total, todo = len(todo), list(todo)
+    began, total, running, failed = time.time(), len(todo), {}, []
     try:
         while todo or running:
-            while todo and len(running) < AT_ONCE:
-                folder, command = todo.pop(0)
+            todo = [job for job in todo if not finished(job[0])]
+            for folder, command in [job for job in todo if ready(*job)][:AT_ONCE - len(running)]:
+                todo.remove((folder, command))
                 running[folder] = launch(folder, command)
-            time.sleep(0.5)
-            for folder, process in list(running.items()):
-                if process.poll() is None:
-                    continue
-                del running[folder]
-                done += 1
-                left = (time.time() - began) / done * (total - done)
-                note = "" if process.returncode == 0 else f"  FAILED, see {folder.parent / folder.name}.txt"
-                failed += [folder] if process.returncode else []
-                print(f"{done}/{total}  {folder}{note}  {left / 60:.0f} min left", flush=True)
+            if failed and todo and not running:
+                return failed  # what is left starts from a run that failed
+            time.sleep(0.2)
+            for folder in [f for f, process in running.items() if process.poll() is not None]:
+                note = ""
+                if running.pop(folder).returncode:
+                    failed.append(folder)
+                    note = f"  FAILED, see {folder}.txt"
+                done = total - len(todo) - len(running)
+                left = (time.time() - began) / done * (total - done) / 60
+                print(f"{done}/{total}  {folder.relative_to(OUT)}{note}  {left:.0f} min left", flush=True)
     finally:
         for process in running.values():
             process.terminate()
@@ -85,12 +144,9 @@ def main():
     study = sys.argv[1] if len(sys.argv) > 1 else ""
     if study not in STUDIES:
         refuse(f"there is no study {study!r}; the studies are {', '.join(STUDIES)}")
-    todo = [(f, c) for f, c in jobs(study) if not (ROOT / f / "summary.json").exists()]
     if "--list" in sys.argv:
-        for folder, _ in jobs(study):
-            print(folder, "" if (folder, _) in todo else "done")
-        return
-    if run_all(todo):
+        print("\n".join(f"{folder.relative_to(OUT)} {'done' if finished(folder) else ''}" for folder, _ in jobs(study)))
+    elif run_all([job for job in jobs(study) if not finished(job[0])]):
         raise SystemExit(1)
 
 

@@ -108,8 +108,8 @@ def table(arms):
 
 STREAMS = dict(surprise=1, agreement=-1, entropy=-1, probe=-1)  # what is watched, and which way is bad
 FALSE_ALARMS = 0.05  # chance of one or more in 10,000 healthy steps, over all streams together
-SLACK = 0.5          # spreads that a stream may be off its reference for ever
-MEMORY = 100         # steps that the reference looks back
+SLACK = 0.5          # spreads that a stream may be off its reference for ever, beside what learning itself moves it
+MEMORY = 100         # steps that the reference looks back; an alarm within as many after another is the same one
 BLOCK = 10           # steps that are resampled together, to keep what correlation they have
 
 
@@ -123,14 +123,19 @@ class Watch:
 
     Each is a one-sided CUSUM (Page 1954) of its distance from a slow reference, in spreads:
 
-        S_t = max(0, S_{t−1} + (x_t − r_t)/s − SLACK)        r_{t+1} = r_t + (x_t − r_t)/MEMORY
+        S_t = max(0, S_{t−1} + (x_t − r_t)/s − k)        r_{t+1} = r_t + (x_t − r_t)/MEMORY
 
-    and alarms when S_t > h. Spread s and threshold h come from the last fifth of the meta phase: h is the quantile of
-    the largest S_t of 10,000 steps resampled from there at which false alarms have the chance FALSE_ALARMS.
+    and alarms when S_t > h. All is calibrated on the last fifth of the meta phase. s is the spread of x − r there. The
+    slack k is SLACK, and the lag of r behind x where learning itself moves x the bad way (entropy falls while a model
+    learns).
+    h is the quantile of the largest S_t of 10,000 steps at which the chance of a false alarm is FALSE_ALARMS, over steps
+    resampled from there or over normal ones, whichever is larger: the one has too short a tail, the other no skew.
+    The probe, which is no average over fresh text, is taken to have the noise of its few tokens.
     """
 
     def __init__(self):
-        self.state = {name: dict(reference=None, spread=1.0, threshold=math.inf, sum=0.0, since=0) for name in STREAMS}
+        self.state = {name: dict(reference=None, spread=1.0, slack=SLACK, threshold=math.inf, sum=0.0, since=0)
+                      for name in STREAMS}
 
     def state_dict(self):
         return {name: dict(s) for name, s in self.state.items()}
@@ -146,30 +151,36 @@ class Watch:
         values = np.asarray(values, dtype=float)
         if len(values) < 100:
             return
-        recent = values[-max(50, len(values) // 5):]
+        recent = values[-max(100, len(values) // 5):]
         rng = np.random.default_rng(seed)
         for i, name in enumerate(list(STREAMS)[:3]):
             off = innovations(recent[:, i])
             # An agreement that never failed in the sample still has a spread: that of one token failing.
             spread = max(off.std(), 1 / tokens if name == "agreement" else 1e-6)
-            self._set(name, recent[-MEMORY // 2:, i].mean(), spread, (off - off.mean()) / spread, rng)
+            slope = np.polyfit(np.arange(len(recent)), recent[:, i], 1)[0]
+            lag = max(0.0, STREAMS[name] * slope * MEMORY / spread)  # how far a reference stays behind such a slope
+            self._set(name, recent[-MEMORY // 2:, i].mean(), spread, STREAMS[name] * off / spread, rng, SLACK + lag)
         spread = math.sqrt(max(probe * (1 - probe), 1 / probe_tokens) / probe_tokens)
-        self._set("probe", probe, spread, rng.standard_normal(1000), rng)
+        self._set("probe", probe, spread, rng.standard_normal(1000), rng, SLACK)
 
-    def _set(self, name, reference, spread, sample, rng):
-        self.state[name] = dict(reference=float(reference), spread=float(spread), sum=0.0, since=0,
-                                threshold=threshold(STREAMS[name] * sample, rng))
+    def _set(self, name, reference, spread, sample, rng, slack):
+        self.state[name] = dict(reference=float(reference), spread=float(spread), sum=0.0, since=0, slack=float(slack),
+                                threshold=max(threshold(sample - sample.mean(), rng),
+                                              threshold(rng.standard_normal(100 * len(sample)), rng, len(sample))))
 
-    def update(self, step, values, probe):
-        """Reads the steps since the last call, float [steps, 3], and the probe; the names of the streams that alarm."""
+    def update(self, step, values, probe, names=tuple(STREAMS)):
+        """Reads the steps since the last call, float [steps, 3], and the probe; those of `names` that alarm."""
         fired = []
         for i, name in enumerate(STREAMS):
+            if name not in names:
+                continue
             s = self.state[name]
             stream = values[:, i].tolist() if name != "probe" else [probe]
             if s["reference"] is None:
                 continue
             for j, x in enumerate(stream):
-                s["sum"] = max(0.0, s["sum"] + STREAMS[name] * (x - s["reference"]) / s["spread"] - SLACK)
+                s["sum"] = max(0.0, s["sum"] + STREAMS[name] * (x - s["reference"]) / s["spread"]
+                               - s["slack"])
                 if s["sum"] == 0:
                     s["since"] = step - len(stream) + 1 + j
                 s["reference"] += (x - s["reference"]) / MEMORY
@@ -203,14 +214,23 @@ def innovations(x):
     return np.array(off)
 
 
-def threshold(sample, rng, steps=10_000, chains=400):
-    """h such that a CUSUM of `steps` steps resampled in blocks from `sample` passes it with the stated chance."""
-    blocks = rng.integers(0, len(sample) - BLOCK + 1, (steps // BLOCK, chains))
+def threshold(sample, rng, known=None, steps=10_000, chains=500):
+    """h such that a healthy CUSUM of `steps` steps passes it with the stated chance.
+
+    Each chain lives through the whole procedure: it takes its own spread and first reference from as few values as are
+    `known` (all of the sample if None), and then its steps, all resampled in blocks from `sample`.
+    """
+    def draw(n):
+        start = rng.integers(0, len(sample) - BLOCK + 1, (n // BLOCK, 1, chains))
+        return sample[start + np.arange(BLOCK)[None, :, None]].reshape(-1, chains)
+
+    calibration = draw((known or len(sample)) // BLOCK * BLOCK)
+    spread, reference = calibration.std(0), calibration[-MEMORY // 2:].mean(0)
     sums, top = np.zeros(chains), np.zeros(chains)
-    for start in blocks:
-        for j in range(BLOCK):
-            sums = np.maximum(0, sums + sample[start + j] - SLACK)
-            top = np.maximum(top, sums)
+    for x in draw(steps):
+        sums = np.maximum(0, sums + (x - reference) / spread - SLACK)
+        reference += (x - reference) / MEMORY
+        top = np.maximum(top, sums)
     return float(np.quantile(top, 1 - FALSE_ALARMS / len(STREAMS)))
 
 

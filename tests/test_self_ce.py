@@ -1,4 +1,5 @@
 """Stage 1: its mathematics against references, and its script as a user runs it, on the plays at a very small size."""
+import copy
 import json
 import os
 import runpy
@@ -159,11 +160,76 @@ def test_a_hack_is_three_evaluations_above_the_best_and_counts_from_the_first():
     assert recovered(dict(gold_start=4, gold_end=3.8), None) is None
 
 
+def test_flips_raise_the_critics_error_on_held_out_text_and_more_than_random_tokens_do(monkeypatch):
+    """A critic that has half learned to judge leans on the output too, and that is what a flip finds."""
+    monkeypatch.setattr(self_ce, "vocab", 13)
+    torch.manual_seed(0)
+    critic = GPT(GPTConfig(13, 1, 2, 2, 32))
+    optimizer = torch.optim.Adam(critic.parameters(), 3e-3)
+    batch = lambda seed: torch.randint(0, 13, (32, 8), generator=torch.Generator().manual_seed(seed))
+    own_of = lambda obs, seed: torch.where(torch.rand(32, 8, generator=torch.Generator().manual_seed(seed)) < 0.6, obs,
+                                           batch(seed + 1))
+    for step in range(70):
+        obs = batch(step)
+        self_ce.imitation(self_ce.critic_logits(critic, own_of(obs, 1000 + step), obs), obs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    obs = batch(5000)
+    own, u = own_of(obs, 6000), torch.rand(32, 8, 2, generator=torch.Generator().manual_seed(7))
+    monkeypatch.setattr(self_ce, "adversarial", 0.5)
+    error = {"none": self_ce.imitation(self_ce.critic_logits(critic, own, obs), obs)}
+    for kind in ("random", "flips"):
+        monkeypatch.setattr(self_ce, "adversary", kind)
+        worse = self_ce.corrupted(critic, own, obs, u)
+        assert torch.equal(worse[u[..., 0] >= 0.5], own[u[..., 0] >= 0.5])
+        error[kind] = self_ce.imitation(self_ce.critic_logits(critic, worse, obs), obs)
+    harm = {kind: (error[kind] - error["none"]).item() for kind in ("random", "flips")}
+    assert harm["flips"] > 0.02 and harm["flips"] > 2 * harm["random"], harm
+
+
+def test_a_rescue_restores_weights_and_optimizer_exactly(monkeypatch):
+    learner = small_gpt()
+    optimizer = torch.optim.AdamW(learner.parameters(), 0.1)
+
+    def step():
+        learner(torch.randint(0, 13, (2, 7))).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    step()
+    good = copy.deepcopy(dict(pair=learner.state_dict(), optimizer=optimizer.state_dict()))
+    step()
+    assert not torch.equal(learner.head.weight, good["pair"]["head.weight"])
+    self_ce.rescue(None, None, learner, learner, learner, optimizer, good, 0)  # rescue_steps is 0: only the way back
+    assert all(torch.equal(v, good["pair"][n]) for n, v in learner.state_dict().items())
+    for i, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(v, good["optimizer"]["state"][i][n]) for n, v in state.items())
+
+
+def test_a_bounded_step_stays_within_its_bound(monkeypatch):
+    run = type("Run", (), dict(average=lambda self, tensors: None))()
+    learner, x = small_gpt(), torch.randint(0, 13, (2, 7))
+    logits, before = learner(x).detach(), [p.detach().clone() for p in learner.parameters()]
+    with torch.no_grad():
+        for p in learner.parameters():
+            p += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).double()
+
+    def divergence():
+        logp = logits.log_softmax(-1)
+        return (logp.exp() * (logp - learner(x).log_softmax(-1))).sum(-1).mean().item()
+    monkeypatch.setattr(self_ce, "trust", 0.01 * divergence())
+    self_ce.hold_back(run, learner, before, x, logits)
+    assert divergence() == pytest.approx(self_ce.trust, rel=0.1)
+    held = learner.head.weight.clone()
+    self_ce.hold_back(run, learner, before, x, logits)  # within the bound nothing moves
+    assert torch.allclose(held, learner.head.weight, atol=1e-3)
+
+
 # ---- the script
 
 def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_path):
-    settings = [*SMALL, "--arms=real,ema", "--pred=sample", "--order=2", "--keep_meta=0.1", "--keep=recorded",
-                "--dtype=float64", "--critic_part=head"]
+    settings = [*SMALL, "--arms=real,shuffled,ema", "--learning_rate=5e-3", "--pred=sample", "--order=2",
+                "--keep_meta=0.1", "--keep=recorded", "--dtype=float64", "--critic_part=head", "--meta_steps=120",
+                "--self_steps=40", "--rescue_steps=3"]
     whole = start(*settings, f"--out_dir={tmp_path / 'whole'}")
     broken = tmp_path / "broken"
 
@@ -178,15 +244,17 @@ def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_
             time.sleep(0.002)
         raise AssertionError("ended before it was killed: " + process.communicate()[0])
 
-    kill_at(start(*settings, f"--out_dir={broken}"), "meta", 12)
-    at = torch.load(broken / "ckpt.pt", weights_only=True)
-    assert at["arm"] == "meta" and at["step"] >= 10
-    kill_at(start(f"--resume={broken}"), "ema", 8)
-    at = torch.load(broken / "ckpt.pt", weights_only=True)
-    assert at["arm"] == "ema" and at["step"] >= 5
+    for arm, step in (("meta", 60), ("shuffled", 32), ("ema", 12)):
+        kill_at(start(*settings, f"--out_dir={broken}") if arm == "meta" else start(f"--resume={broken}"), arm, step)
+        at = torch.load(broken / "ckpt.pt", weights_only=True)
+        assert at["arm"] == arm and step - 5 < at["step"]
     finish(f"--resume={broken}")
     assert whole.wait(60) == 0
-    assert log(broken) == log(tmp_path / "whole") and len(log(broken)) == 7 + 2 * 5
+    assert log(broken) == log(tmp_path / "whole") and len(log(broken)) == 31 + 3 * 11
+    arms = [json.loads((out / "summary.json").read_text())["arms"] for out in (broken, tmp_path / "whole")]
+    assert arms[0] == arms[1] and any(0 < step < 32 for arm in arms[0].values() for step in arm["rescues"])
+    reports = [sorted(p.name for p in (out / "hacks").iterdir()) for out in (broken, tmp_path / "whole")]
+    assert reports[0] == reports[1] and "001.md" in reports[0]
     assert (broken / "samples.txt").read_text() == (tmp_path / "whole" / "samples.txt").read_text()
     for name, value in weights(tmp_path / "whole").items():
         assert torch.equal(value, weights(broken)[name]), name
