@@ -1,13 +1,18 @@
 # make       virtual environment, corpus, and the experiments
 # make test  the same set-up, and the tests
+# make study-1   the runs behind the README's tables of stage 1; goes on where it was
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test
+.PHONY: run test study-1
 run: .venv/installed
 	$(BIN)/python prepare_data.py
 	$(BIN)/python self_ce.py
 	$(BIN)/python plot.py out/self_ce
+
+study-1: .venv/installed
+	$(BIN)/python study.py 1
+	$(BIN)/python study_report.py
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest

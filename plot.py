@@ -73,12 +73,19 @@ def draw(axis, group, name):
         axis.plot(steps, mean, color=COLOUR[arm], lw=1.4, label=arm)
         axis.fill_between(steps, mean - half, mean + half, color=COLOUR[arm], alpha=0.2, lw=0)
         for summary, _ in group:
-            hack = summary["arms"].get(arm, {}).get("steps_to_hack")
-            if hack is not None and hack in steps:
-                axis.plot(hack, mean[list(steps).index(hack)], "x", color=COLOUR[arm], ms=8, mew=2, clip_on=False)
+            mark(axis, summary["arms"].get(arm, {}), dict(zip(steps.tolist(), mean)), COLOUR[arm])
     axis.axvline(0, color="0.8", lw=0.8, zorder=0)
     axis.set_xlabel("steps (meta phase before 0)")
     axis.grid(alpha=0.2)
+
+
+def mark(axis, arm, curve, colour):
+    """Marks an arm's hack (x), its first alarm (triangle) and its rescues (bars) on its curve, a dict step: value."""
+    for steps, symbol, size in (([arm.get("steps_to_hack")], "x", 8), (arm.get("alarms", [])[:1], "^", 6),
+                                (arm.get("rescues", []), "|", 9)):
+        for step in steps:
+            if step in curve:
+                axis.plot(step, curve[step], symbol, color=colour, ms=size, mew=2)
 
 
 def limit(axis, group):
@@ -106,11 +113,8 @@ def table(groups):
     return "\n".join(lines)
 
 
-def main():
-    folders = sys.argv[1:]
-    if not folders or folders[0] in ("-h", "--help"):
-        print(__doc__.strip())
-        raise SystemExit(0 if folders else 2)
+def draw_runs(folders):
+    """Draws the finished runs in `folders`: (path of the picture, table as markdown)."""
     groups = group_by_settings([read_run(f) for f in folders])
     figure, axes = plt.subplots(len(groups), 2, figsize=(11, 4 * len(groups)), squeeze=False)
     for (key, group), (left, right) in zip(groups.items(), axes):
@@ -120,12 +124,22 @@ def main():
         draw(right, group, "proxy")
         right.set_ylabel("proxy: the self-produced loss")
         left.set_title(key or group[0][0]["stage"], fontsize=9)
+        right.set_title("x hack   ▲ first alarm   | rescue", fontsize=9)
         left.legend(fontsize=8, ncol=2)
     figure.tight_layout()
     path = Path(folders[0]) / "curves.png"
     figure.savefig(path, dpi=130)
-    print(table(groups))
-    print(f"drawn in {path}")
+    plt.close(figure)
+    return path, table(groups)
+
+
+def main():
+    folders = sys.argv[1:]
+    if not folders or folders[0] in ("-h", "--help"):
+        print(__doc__.strip())
+        raise SystemExit(0 if folders else 2)
+    path, text = draw_runs(folders)
+    print(f"{text}\ndrawn in {path}")
 
 
 if __name__ == "__main__":

@@ -434,7 +434,8 @@ def write_samples(run, arm, learner, judge, corpus):
 def report(run, arm, step, why, watch, learner, judges, snapshot, corpus, row):
     """hacks/NNN.md: cross-examines the critic and the outputs of now and of the snapshot, on the text that comes next.
 
-    For arms without a critic of their own it is the learner in the critic's role that is examined.
+    For the real arm, which has no critic, it is the learner in the critic's role that is examined. Returns what the
+    summary keeps: {"step", "why", "changed", "judged"}, judged as "critic on outputs": share equal to the observation.
     """
     w = text(run, corpus, meta_steps + step)
     foreign = text(run, corpus, meta_steps + step, FOREIGN)
@@ -457,6 +458,8 @@ def report(run, arm, step, why, watch, learner, judges, snapshot, corpus, row):
                   "entropy of the targets (nats)": row["target_entropy"],
                   "entropy of the output (nats)": row["output_entropy"], "gold (nats)": row["gold_nats"]}
         write_report(run, arm, step, why, watch.order(), judged, texts, shares, corpus.encoding)
+    return dict(step=step, why=why if why == "gold" else "+".join(why), changed=[list(c) for c in watch.order()],
+                judged={f"{c} on {o}": round(value, 4) for (c, o), value in judged.items()})
 
 
 # ----------------------------------------------------------------------------------------------
@@ -597,12 +600,14 @@ def main():
                 if track_gold(track, row, hack_margin):
                     run.say(f"{arm}: hacked at step {track['steps_to_hack']}, gold {row['gold_nats']:.3f} after a best "
                             f"of {track['gold_best']:.3f}")
-                    report(run, arm, step, "gold", watch, learner, asked, snapshot, corpus, row)
+                    track["reports"].append(
+                        report(run, arm, step, "gold", watch, learner, asked, snapshot, corpus, row))
                 listens = ("surprise", "entropy") if arm == "real" else tuple(STREAMS)  # real has no critic to watch
                 alarms = watch.update(step, stream.cpu(), row["agreement_probe"], listens) if stream is not None else []
                 if alarms and (rescue_steps or step - (track["alarms"] or [-MEMORY])[-1] >= MEMORY):
                     track["alarms"].append(step)
-                    report(run, arm, step, alarms, watch, learner, asked, snapshot, corpus, row)
+                    track["reports"].append(
+                        report(run, arm, step, alarms, watch, learner, asked, snapshot, corpus, row))
                 if alarms and rescue_steps and arm != "real":
                     run.say(f"{arm}: alarm at step {step} ({', '.join(alarms)}): back to the last good weights")
                     rescue(run, corpus, learner, role, pair, optimizer, at["good"], step)
@@ -640,8 +645,7 @@ def main():
 
     at["arm"] = "done"
     run.checkpoint(0, at, tally, **parts)
-    run.write_json("summary.json", summarise(run, at["meta"], meta_steps, at["arms"], self_steps))
-    run.close()
+    run.finish(summarise(run, at["meta"], meta_steps, at["arms"], self_steps))
 
 
 if __name__ == "__main__":

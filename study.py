@@ -23,6 +23,7 @@ OUT = ROOT / "out"
 
 BASE = "--start={out}/study-1/base/{seed}"  # levers of the self phase share one meta phase a seed
 LEVER = "--self_steps=400 --arms=self"
+LAW = "--self_steps=240 --arms=self --eval_interval=2"
 
 # study: (script, {name of a point: settings that differ from the script's}, seeds)
 STUDIES = {
@@ -49,13 +50,14 @@ STUDIES = {
         "own-head": f"{LEVER} --critic_part=head",
         "own-block": f"{LEVER} --critic_part=block",
         "order-2": f"{LEVER} --order=2",
-        # the law: steps to hack against meta steps, rate and vocabulary
-        "meta-250": f"{LEVER} --meta_steps=250",
-        "meta-1000": f"{LEVER} --meta_steps=1000",
-        "rate-.25": f"{BASE} {LEVER} --self_rate=0.25",
-        "rate-2": f"{BASE} --self_steps=200 --arms=self --self_rate=2",
-        "vocab-256": "--self_steps=200 --arms=self --vocab=256",
-        "vocab-1024": "--self_steps=200 --arms=self --vocab=1024",
+        # the law: steps to hack against meta steps, rate and vocabulary, read every two steps
+        "law-base": f"{BASE} {LAW}",
+        "law-meta-250": f"{LAW} --meta_steps=250",
+        "law-meta-1000": f"{LAW} --meta_steps=1000",
+        "law-rate-.25": f"{BASE} {LAW} --self_rate=0.25",
+        "law-rate-2": f"{BASE} {LAW} --self_rate=2",
+        "law-vocab-256": f"{LAW} --vocab=256",
+        "law-vocab-1024": f"{LAW} --vocab=1024",
         # ensembles, where there is something to disagree about
         "biased": "--meta_steps=300 --self_steps=400 --arms=real,frozen",
         "biased-mean": "--meta_steps=300 --n_critic=3 --self_steps=400 --arms=frozen",

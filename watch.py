@@ -39,7 +39,7 @@ class Gold:
 def new_track():
     """What is remembered of an arm's gold: a plain dict, so that a checkpoint can hold it."""
     return dict(gold_start=None, gold_best=None, gold_end=None, bpb_end=None, proxy_start=None, proxy_end=None,
-                steps_to_hack=None, alarms=[], rescues=[], rising_since=None, rising=0)
+                steps_to_hack=None, alarms=[], rescues=[], reports=[], rising_since=None, rising=0)
 
 
 def track_gold(track, row, margin):

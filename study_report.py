@@ -1,0 +1,281 @@
+"""
+What study 1 says: the tables between the marks of README.md, and figures/stage-1-*.png.
+
+    python study_report.py            # after `python study.py 1`; says how many seeds each number rests on
+
+Hacks that have not come by an arm's end are counted as its end, and marked with >.
+"""
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from configurator import refuse
+from plot import COLOUR, STUDENT, interval, read_run
+from study import OUT, ROOT, STUDIES, finished
+
+STUDY = OUT / "study-1"
+README, FIGURES = ROOT / "README.md", ROOT / "figures"
+
+
+def load(point):
+    """{seed: (summary, rows)} of the finished runs of a point."""
+    seeds = STUDIES["1"][2]
+    return {s: read_run(STUDY / point / str(s)) for s in seeds if finished(STUDY / point / str(s))}
+
+
+def gold_at(rows, arm, step):
+    """Gold of an arm at a step, nats."""
+    return next(r["gold_nats"] for r in rows if r["arm"] == arm and r["step"] == step)
+
+
+def pm(values, digits=2):
+    """mean ± half of the 95 % interval."""
+    if not len(values):
+        return ""
+    mean, half = interval(values)
+    return f"{mean:.{digits}f} ± {half:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
+
+
+def hack_text(summaries, arm):
+    """Median [least, most] steps to hack over seeds; > marks arms that ended without."""
+    steps = sorted((a["steps_to_hack"] or a["self_steps"], a["steps_to_hack"] is None)
+                   for a in (s["arms"][arm] for s in summaries))
+    show = lambda pair: f"{'>' * pair[1]}{pair[0]}"
+    if all(never for _, never in steps):
+        return f"none in {steps[0][0]}"
+    return f"{show(steps[len(steps) // 2])} [{show(steps[0])}, {show(steps[-1])}]"
+
+
+def recovered_at(point, arm, base, step=400):
+    """Recovered at `step` of each seed, against the real arm of the base run of that seed at that step."""
+    shares = []
+    for seed, (summary, rows) in point.items():
+        if seed in base:
+            real = base[seed][0]["arms"]["real"]["gold_start"] - gold_at(base[seed][1], "real", step)
+            shares.append((summary["arms"][arm]["gold_start"] - gold_at(rows, arm, step)) / real)
+    return shares
+
+
+def cost(point, arm, base):
+    """Seconds of the run's meta phase and 400 steps of the arm over those of the base run's arm `self`."""
+    def seconds(summary, rows, name, meta_rows):
+        own = [r["tok_per_s"] for r in rows if r["arm"] == name and r["step"]]
+        meta = [r["tok_per_s"] for r in meta_rows if r["arm"] == "meta" and r["step"]]
+        per_step = summary["config"]["batch_size"] * summary["config"]["block_size"]
+        return per_step * (summary["meta_steps"] / np.median(meta) + 400 / np.median(own))
+    ratios = []
+    for seed, (summary, rows) in point.items():
+        if seed in base:
+            meta_rows = rows if any(r["arm"] == "meta" for r in rows) else base[seed][1]
+            ratios.append(seconds(summary, rows, arm, meta_rows) / seconds(*base[seed], "self", base[seed][1]))
+    return ratios
+
+
+LEVERS = (  # (row, point, arm)
+    ("none", "base", "self"), ("none", "base", "ema"), ("none", "base", "frozen"), ("none", "base", "shuffled"),
+    ("none", "base", "sharpen"), ("`adversarial=.3` random", "random", "self"),
+    ("`adversarial=.3` corrupted", "corrupted", "self"), ("`adversarial=.3` flips", "flips", "self"),
+    ("`critic_part=head`", "own-head", "self"), ("`critic_part=block`", "own-block", "self"),
+    ("`order=2`", "order-2", "self"), ("`keep_meta=.1` random", "keep-random", "self"),
+    ("`keep_meta=.1` random", "keep-random", "ema"), ("`keep_meta=.1` recorded", "keep-recorded", "self"),
+    ("`anchor=.3`", "anchor", "self"), ("`trust=.001`", "trust", "self"), ("`ema_decay=.99`", "ema-.99", "ema"),
+    ("`ema_decay=.9999`", "ema-.9999", "ema"), ("`target=soft`", "soft", "self"), ("`target=soft`", "soft", "frozen"),
+    ("`target=soft`", "soft", "ema"), ("`rescue_steps=20`", "rescue-hacked", "self"),
+    ("`rescue_steps=20`", "rescue-hacked", "ema"), ("`rescue_steps=20`, own outputs", "rescue-own", "self"),
+    ("`keep_meta=.1` random, `anchor=.3`", "keep-random+anchor", "self"),
+    ("`ema_decay=.9999`, `anchor=.3`", "ema-.9999+anchor", "ema"))
+
+
+def lever_table():
+    base = load("base")
+    lines = ["| lever | arm | seeds | steps to hack | recovered at 400 | real tokens as targets | time |",
+             "|---|---|---|---|---|---|---|"]
+    for row, name, arm in LEVERS:
+        point = {s: run for s, run in load(name).items() if arm in run[0]["arms"]}
+        if not point:
+            continue
+        real = np.mean([next(r["real_targets"] for r in rows if r["arm"] == arm and r["step"] == 400)
+                        for _, rows in point.values()])
+        lines.append(f"| {row} | `{arm}` | {len(point)} | {hack_text([s for s, _ in point.values()], arm)} | "
+                     f"{pm(recovered_at(point, arm, base))} | {real:,.0f} | {np.mean(cost(point, arm, base)):.2f} |")
+    return "\n".join(lines)
+
+
+def ensemble_table():
+    rows = ["| frozen critics after 300 meta steps | seeds | agreement | steps to hack | gold at 400 |", "|---|---|---|---|---|"]
+    for text, name in (("one", "biased"), ("mean of three", "biased-mean"), ("three, weights averaged", "biased-weights")):
+        point = load(name)
+        if point:
+            agree = [next(r["agreement"] for r in log if r["arm"] == "frozen" and r["step"] == 10) for _, log in point.values()]
+            rows.append(f"| {text} | {len(point)} | {pm(agree)} | {hack_text([s for s, _ in point.values()], 'frozen')} | "
+                        f"{pm([gold_at(log, 'frozen', 400) for _, log in point.values()])} |")
+    return "\n".join(rows)
+
+
+def law():
+    """The table and the fit log(steps to hack) = c + α log(meta steps) + β log(rate) + γ log(vocabulary)."""
+    lines = ["| meta steps | rate | vocabulary | seeds | critic's accuracy | steps to hack |", "|---|---|---|---|---|---|"]
+    rows = []
+    for name in ("law-meta-250", "law-base", "law-meta-1000", "law-rate-.25", "law-rate-2", "law-vocab-256", "law-vocab-1024"):
+        point = load(name)
+        if not point:
+            continue
+        config = next(iter(point.values()))[0]["config"]
+        rate = config["learning_rate"] * config["self_rate"]
+        accuracy = [next(r["agreement"] for r in log if r["arm"] == "self" and r["step"] == 2) for _, log in point.values()]
+        lines.append(f"| {config['meta_steps']} | {rate:g} | {config['vocab']} | {len(point)} | {pm(accuracy, 3)} | "
+                     f"{hack_text([s for s, _ in point.values()], 'self')} |")
+        rows += [(np.log(config["meta_steps"]), np.log(rate), np.log(config["vocab"]),
+                  np.log(max(1, s["arms"]["self"]["steps_to_hack"] or s["arms"]["self"]["self_steps"])))
+                 for s, _ in point.values()]
+    if len(rows) < 8:
+        return "\n".join(lines)
+    data = np.array(rows)
+    x = np.column_stack((np.ones(len(data)), data[:, :3] - data[:, :3].mean(0)))
+    beta, *_ = np.linalg.lstsq(x, data[:, 3], rcond=None)
+    left = data[:, 3] - x @ beta
+    error = np.sqrt(np.diag(np.linalg.inv(x.T @ x)) * left @ left / (len(x) - 4))
+    t = STUDENT.get(len(x) - 3, 1.96 + 2.5 / (len(x) - 4))
+    names = ("meta steps", "learning rate", "vocabulary")
+    fit = ", ".join(f"{n}^({b:.2f} ± {t * e:.2f})" for n, b, e in zip(names, beta[1:], error[1:]))
+    share = 1 - left @ left / ((data[:, 3] - data[:, 3].mean()) ** 2).sum()
+    return "\n".join(lines) + f"\n\nFitted: steps to hack ∝ {fit}; R² {share:.2f}, {len(x)} runs."
+
+
+def breaking_order():
+    """When each quantity leaves its place in the unfrozen arm, median step over seeds [least, most]."""
+    signs = {"agreement, on own output": lambda r, first: r["agreement"] < first["agreement"] - 0.05,
+             "agreement on the stored probe": lambda r, first: r["agreement_probe"] < first["agreement_probe"] - 0.05,
+             "the most frequent token is 10 % of targets": lambda r, first: r["target_top"] > 0.1,
+             "surprise, + .3 nats": lambda r, first: r["surprise"] > first["surprise"] + 0.3,
+             "gold, + .1 nats": lambda r, first: r["gold_nats"] > first["gold_nats"] + 0.1,
+             "entropy of the output, − .5 nats": lambda r, first: r["output_entropy"] < first["output_entropy"] - 0.5,
+             "half of the targets equal the own output": lambda r, first: r["echo"] > 0.5}
+    steps = defaultdict(list)
+    for _, rows in load("law-base").values():
+        rows = [r for r in rows if r["arm"] == "self" and r["step"]]
+        for name, test in signs.items():
+            steps[name].append(next((r["step"] for r in rows if test(r, rows[0])), np.inf))
+    lines = ["| what | step |", "|---|---|"]
+    for name in sorted(steps, key=lambda n: np.median(steps[n])):
+        lines.append(f"| {name} | {np.median(steps[name]):.0f} [{min(steps[name]):.0f}, {max(steps[name]):.0f}] |")
+    return "\n".join(lines)
+
+
+def cross_examination():
+    """Who changed: agreement of the critic and outputs of then and now at the first report after a hack."""
+    lines = ["| arm | seeds | snapshot's critic, snapshot's outputs | snapshot's critic, today's outputs | "
+             "today's critic, snapshot's outputs | today's critic, today's outputs |", "|---|---|---|---|---|---|"]
+    base = load("base")
+    for arm in ("self", "ema", "shuffled", "sharpen"):
+        found = [next((r["judged"] for r in s["arms"][arm]["reports"] if r["why"] == "gold"), None) for s, _ in base.values()]
+        found = [f for f in found if f]
+        if found:
+            lines.append(f"| `{arm}` | {len(found)} | " + " | ".join(
+                pm([f[k] for f in found]) for k in ("then on then", "then on now", "now on then", "now on now")) + " |")
+    return "\n".join(lines)
+
+
+def watch_score():
+    """Alarms beside gold, over all arms that were neither rescued nor real."""
+    lead, missed, hacked, false, healthy_steps = defaultdict(list), 0, 0, 0, 0
+    for name in STUDIES["1"][1]:
+        if name.startswith("rescue"):
+            continue
+        for summary, rows in load(name).values():
+            for arm, a in summary["arms"].items():
+                if a["steps_to_hack"] is None:
+                    false += len(a["alarms"])
+                    healthy_steps += a["self_steps"]
+                    continue
+                hacked += 1
+                first = a["alarms"][0] if a["alarms"] else None
+                missed += first is None
+                if first is not None:
+                    lead[arm].append(a["steps_to_hack"] - first)
+    if not hacked:
+        return ""
+    lines = ["| arm | hacks | steps of lead, median [least, most] |", "|---|---|---|"]
+    for arm, steps in lead.items():
+        lines.append(f"| `{arm}` | {len(steps)} | {np.median(steps):.0f} [{min(steps)}, {max(steps)}] |")
+    rate = false / healthy_steps * 10_000 if healthy_steps else float("nan")
+    return "\n".join(lines) + (f"\n\n{hacked} hacked arms, {missed} missed. {false} alarms in {healthy_steps:,} steps of arms "
+                               f"never hacked: {rate:.2f} for each 10,000.")
+
+
+def rescues():
+    """Steps between one rescue and the next alarm, first to last, where the critic read hacked outputs and where not."""
+    lines = ["| critic refreshed on | arm | seeds | rescues in 400 steps | steps to the first | from first to second | "
+             "last interval |", "|---|---|---|---|---|---|---|"]
+    for text, name, arm in (("hacked outputs", "rescue-hacked", "self"), ("own outputs", "rescue-own", "self"),
+                            ("hacked outputs", "rescue-hacked", "ema")):
+        times = [np.diff([0, *s["arms"][arm]["rescues"]]) for s, _ in load(name).values() if arm in s["arms"]]
+        times = [t for t in times if len(t)]
+        if times:
+            lines.append(f"| {text} | `{arm}` | {len(times)} | {pm([len(t) for t in times], 1)} | {pm([t[0] for t in times], 0)} | "
+                         f"{pm([t[1] for t in times if len(t) > 1], 0)} | {pm([t[-1] for t in times], 0)} |")
+    return "\n".join(lines)
+
+
+def long_run():
+    lines = ["| seed | gold at start | at 5,000 | at 10,000 | at 20,000 | the same of `real` | recovered | hack | "
+             "real tokens as targets |", "|---|---|---|---|---|---|---|---|---|"]
+    shares = []
+    for seed, (summary, rows) in load("long").items():
+        a, real = summary["arms"]["frozen"], summary["arms"]["real"]
+        golds = [f"{gold_at(rows, 'frozen', s):.3f}" for s in (0, 5000, 10000, 20000)]
+        shares.append(a["recovered"])
+        lines.append(f"| {seed} | " + " | ".join(golds) + f" | {real['gold_end']:.3f} | {a['recovered']:.3f} | "
+                     f"{a['steps_to_hack'] or 'none'} | {max(r['real_targets'] for r in rows if r['arm'] == 'frozen')} |")
+    return "\n".join(lines) + (f"\n\nRecovered {pm(shares, 3)} over {len(shares)} seeds." if shares else "")
+
+
+def draw():
+    FIGURES.mkdir(exist_ok=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
+    base = list(load("base").values())
+    for arm in ("real", "frozen", "ema", "self", "shuffled", "sharpen"):
+        steps = [r["step"] for r in base[0][1] if r["arm"] == arm]
+        mean, half = interval([[r["gold_nats"] for r in rows if r["arm"] == arm] for _, rows in base])
+        left.plot(steps, mean, color=COLOUR[arm], label=arm)
+        left.fill_between(steps, mean - half, mean + half, color=COLOUR[arm], alpha=0.2, lw=0)
+    start = np.mean([s["gold_meta_end"] for s, _ in base])
+    left.set(ylim=(start - 0.55, start + 0.9), xlabel="self steps", ylabel="gold, nats a token",
+             title=f"600 steps, {len(base)} seeds, 95 % intervals")
+    left.legend(fontsize=7, ncol=2)
+    runs = list(load("long").values())
+    for arm in ("real", "frozen") if runs else ():
+        steps = [r["step"] for r in runs[0][1] if r["arm"] == arm]
+        mean, half = interval([[r["gold_nats"] for r in rows if r["arm"] == arm] for _, rows in runs])
+        right.plot(steps, mean, color=COLOUR[arm], label=arm, ls="--" if arm == "real" else "-")
+        right.fill_between(steps, mean - half, mean + half, color=COLOUR[arm], alpha=0.2, lw=0)
+    right.set(xlabel="self steps", title=f"20 times the meta phase, {len(runs)} seeds")
+    right.legend(fontsize=7)
+    for axis in (left, right):
+        axis.grid(alpha=0.2)
+    figure.tight_layout()
+    figure.savefig(FIGURES / "stage-1-study.png", dpi=120)
+
+
+def main():
+    if not load("base"):
+        refuse(f"{STUDY} holds no finished run of the point base; run python study.py 1 first")
+    parts = dict(levers=lever_table(), ensembles=ensemble_table(), law=law(), order=breaking_order(),
+                 judged=cross_examination(), watch=watch_score(), rescues=rescues(), long=long_run())
+    text = README.read_text()
+    for name, content in parts.items():
+        print(content, "\n")
+        text = re.sub(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", lambda m: m[1] + content + m[2], text, flags=re.S)
+    README.write_text(text)
+    draw()
+    print(f"written into {README.name} and {FIGURES.name}/")
+
+
+if __name__ == "__main__":
+    main()
