@@ -84,6 +84,7 @@ start = ""              # the folder of a run whose finished meta phase to start
 wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Biases
 
 ARMS = ("self", "frozen", "ema", "real", "shuffled", "sharpen")
+MOVING = ("self", "ema")  # the arms whose critic is made of the learner as it changes
 # Settings that the meta phase does not read: with `start`, the others must be those of the run started from.
 SELF_PHASE = ("arms", "self_steps", "target", "hack_margin", "critics", "self_rate", "ema_decay", "keep_meta", "keep",
               "anchor", "trust", "rescue_steps", "rescue_reads", "eval_interval", "eval_windows",
@@ -353,16 +354,24 @@ def in_critics_role(learner):
     return role
 
 
-def rescue(run, corpus, learner, role, pair, optimizer, good, step):
-    """Back to the last good weights, then `rescue_steps` of the meta phase with the hacked outputs among its inputs."""
-    hacked = {n: p.detach().clone() for n, p in learner.named_parameters()}
-    pair.load_state_dict(good["pair"])
-    optimizer.load_state_dict(copy.deepcopy(good["optimizer"]))
+def rescue(run, corpus, at, parts, learner, role, step):
+    """Back to the last good weights, then `rescue_steps` of the meta phase with the hacked outputs among its inputs.
+
+    The critics become copies of what comes out of it, and the watch forgets what it saw since.
+    """
+    hacked = {n: p.detach().clone() for n, p in learner.named_parameters()} if rescue_reads == "hacked" else None
+    for name in ("pair", "optimizer", "watch"):
+        parts[name].load_state_dict(copy.deepcopy(at["good"][name]))
     for i in range(rescue_steps):
         w = text(run, corpus, step * rescue_steps + i, RESCUE)
         with run.autocast():
-            loss, _ = meta_loss(run, learner, role, w, step + i, None, hacked if rescue_reads == "hacked" else None)
-        take_step(run, pair, optimizer, loss)
+            loss, _ = meta_loss(run, learner, role, w, step + i, None, hacked)
+        take_step(run, parts["pair"], parts["optimizer"], loss)
+    for judge in parts["judges"]:
+        judge.load_state_dict(role.state_dict())
+    parts["watch"].restart()
+    at["track"]["rescues"].append(step)
+    at["real_targets"] += (2 if hacked is None else 3) * rescue_steps * batch_size * block_size
 
 
 def leash(learner, snapshot, x, logits):
@@ -371,6 +380,19 @@ def leash(learner, snapshot, x, logits):
         reference = functional_call(learner, snapshot, (x,)).log_softmax(-1)
     logp = logits.log_softmax(-1)
     return (logp.exp() * (logp - reference)).sum(-1).mean()
+
+
+def arm_loss(run, corpus, arm, learner, role, asked, snapshot, step, tally):
+    """(loss of an arm's step with its levers, the text x that it read, the learner's logits there). Nats a token."""
+    w = text(run, corpus, meta_steps + step)
+    seen = text(run, corpus, meta_steps + step, FOREIGN) if arm == "shuffled" else w
+    loss, logits = self_loss(run, arm, learner, asked, w, seen[:, 1:], meta_steps + step, tally)
+    if keep_meta and arm in MOVING:
+        own, obs = kept_pairs(run, corpus, learner, snapshot["learner"], step)
+        loss = loss + keep_meta * imitation(critic_logits(role, own, obs), obs)
+    if anchor and arm != "real":
+        loss = loss + anchor * leash(learner, snapshot["learner"], w[:, :-1], logits)
+    return loss, w[:, :-1], logits
 
 
 def start_arm(snapshot, pair, judges, optimizer, watch):
@@ -485,6 +507,9 @@ def check():
         refuse(f"block_size={block_size} must be at least 2 with loss_reads='next'")
     if keep_meta and keep == "recorded" and meta_steps == 0:
         refuse("keep='recorded' needs a meta phase to record from; meta_steps is 0")
+    if rescue_steps and meta_steps < 100:
+        refuse(f"rescue_steps={rescue_steps} waits for an alarm, and the watch needs meta_steps of 100 or more to be "
+               f"calibrated; they are {meta_steps}")
     if not 1 <= n_critic <= max(1, meta_steps // 5):
         refuse(f"n_critic={n_critic} must be from 1 to {max(1, meta_steps // 5)}: snapshots of the last fifth of meta_steps")
     return sorted(names, key=lambda a: a != "real")
@@ -610,36 +635,23 @@ def main():
                         report(run, arm, step, alarms, watch, learner, asked, snapshot, corpus, row))
                 if alarms and rescue_steps and arm != "real":
                     run.say(f"{arm}: alarm at step {step} ({', '.join(alarms)}): back to the last good weights")
-                    rescue(run, corpus, learner, role, pair, optimizer, at["good"], step)
-                    for judge in judges:
-                        judge.load_state_dict(role.state_dict())
-                    watch.load_state_dict(at["good"]["watch"])
-                    watch.restart()
-                    track["rescues"].append(step)
-                    at["real_targets"] += (3 if rescue_reads == "hacked" else 2) * rescue_steps * batch_size * block_size
+                    rescue(run, corpus, at, parts, learner, role, step)
                 elif alarms:
                     watch.restart(stream.cpu(), row["agreement_probe"])
                 elif rescue_steps and watch.settled():
                     at["good"] = copy.deepcopy({k: parts[k].state_dict() for k in ("pair", "optimizer", "watch")})
             if step == self_steps:
                 break
-            w = text(run, corpus, meta_steps + step)
-            seen = text(run, corpus, meta_steps + step, FOREIGN) if arm == "shuffled" else w
-            moving = arm in ("self", "ema")
-            with run.autocast():
-                loss, logits = self_loss(run, arm, learner, asked, w, seen[:, 1:], meta_steps + step, tally)
-                if keep_meta and moving:
-                    own, obs = kept_pairs(run, corpus, learner, snapshot["learner"], step)
-                    loss = loss + keep_meta * imitation(critic_logits(role, own, obs), obs)
-                if anchor and arm != "real":
-                    loss = loss + anchor * leash(learner, snapshot["learner"], w[:, :-1], logits)
             before = [p.detach().clone() for p in learner.parameters()] if trust and arm != "real" else None
+            with run.autocast():
+                loss, x, logits = arm_loss(run, corpus, arm, learner, role, asked, snapshot, step, tally)
             take_step(run, pair, optimizer, loss, tally)
             if before:
-                hold_back(run, learner, before, w[:, :-1], logits)
+                hold_back(run, learner, before, x, logits)
             if arm == "ema":
                 follow(judges[0], role)
-            at["real_targets"] += (arm == "real" or keep_meta > 0 and keep == "recorded" and moving) * batch_size * block_size
+            if arm == "real" or keep_meta and keep == "recorded" and arm in MOVING:
+                at["real_targets"] += batch_size * block_size
         at["arms"][arm] = track
         write_samples(run, f"arm {arm}", learner, asked[0], corpus)
 

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 import self_ce
 from model import GPT, GPTConfig
-from watch import new_track, recovered, track_gold
+from watch import Watch, new_track, recovered, track_gold
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--meta_steps=24", "--self_steps=16", "--n_embd=32", "--n_head=2", "--block_size=16", "--eval_windows=4",
@@ -187,22 +187,27 @@ def test_flips_raise_the_critics_error_on_held_out_text_and_more_than_random_tok
     assert harm["flips"] > 0.02 and harm["flips"] > 2 * harm["random"], harm
 
 
-def test_a_rescue_restores_weights_and_optimizer_exactly(monkeypatch):
-    learner = small_gpt()
+def test_a_rescue_restores_weights_optimizer_and_watch_exactly():
+    learner, critic, watch = small_gpt(), small_gpt(), Watch()
     optimizer = torch.optim.AdamW(learner.parameters(), 0.1)
+    parts = dict(pair=learner, judges=[critic], optimizer=optimizer, watch=watch)
 
     def step():
         learner(torch.randint(0, 13, (2, 7))).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+        watch.state["surprise"]["reference"] = (watch.state["surprise"]["reference"] or 0.0) + 1.0
     step()
-    good = copy.deepcopy(dict(pair=learner.state_dict(), optimizer=optimizer.state_dict()))
+    at = dict(track=new_track(), real_targets=0)
+    at["good"] = copy.deepcopy({k: parts[k].state_dict() for k in ("pair", "optimizer", "watch")})
     step()
-    assert not torch.equal(learner.head.weight, good["pair"]["head.weight"])
-    self_ce.rescue(None, None, learner, learner, learner, optimizer, good, 0)  # rescue_steps is 0: only the way back
-    assert all(torch.equal(v, good["pair"][n]) for n, v in learner.state_dict().items())
+    assert not torch.equal(learner.head.weight, at["good"]["pair"]["head.weight"])
+    self_ce.rescue(None, None, at, parts, learner, learner, 7)  # rescue_steps is 0: only the way back
+    for module in learner, critic:
+        assert all(torch.equal(v, at["good"]["pair"][n]) for n, v in module.state_dict().items())
     for i, state in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(v, good["optimizer"]["state"][i][n]) for n, v in state.items())
+        assert all(torch.equal(v, at["good"]["optimizer"]["state"][i][n]) for n, v in state.items())
+    assert watch.state_dict() == at["good"]["watch"] and at["track"]["rescues"] == [7]
 
 
 def test_a_bounded_step_stays_within_its_bound(monkeypatch):
@@ -348,6 +353,8 @@ def test_wandb_is_imported_only_if_asked(tmp_path, monkeypatch):
     (["--n_embd=100", "--n_head=3"], "n_embd=100 must be an even multiple of n_head=3"),
     (["--n_layer=0"], "n_layer=0 must be above 0"),
     (["--order=3"], "order=3 must be 1"),
+    (["--rescue_steps=5", "--meta_steps=50"], "needs meta_steps of 100 or more"),
+    (["--n_critic=200"], "n_critic=200 must be from 1 to 100"),
     (["--ema_decay=1"], "ema_decay=1.0 must be below 1"),
     (["--target=hard"], "target='hard' is not one of \"argmax\", \"soft\""),
     (["--block_size=10000000"], "block_size=10000000 must be below the"),
