@@ -31,25 +31,6 @@ STUDIES = {
         "base": "",
         # how long: 20 times the meta phase
         "long": "--batch_size=2 --meta_steps=1000 --self_steps=20000 --arms=real,frozen --eval_interval=100 --save_interval=2000",
-        # levers of the self phase
-        "keep-random": f"{BASE} --self_steps=400 --arms=self,ema --keep_meta=0.1",
-        "keep-recorded": f"{BASE} {LEVER} --keep_meta=0.1 --keep=recorded",
-        "anchor": f"{BASE} {LEVER} --anchor=0.3",
-        "trust": f"{BASE} {LEVER} --trust=0.001",
-        "rescue-hacked": f"{BASE} --self_steps=400 --arms=self,ema --rescue_steps=20",
-        "rescue-own": f"{BASE} {LEVER} --rescue_steps=20 --rescue_reads=own",
-        "ema-.99": f"{BASE} --self_steps=400 --arms=ema --ema_decay=0.99",
-        "ema-.9999": f"{BASE} --self_steps=400 --arms=ema --ema_decay=0.9999",
-        "soft": f"{BASE} --self_steps=400 --arms=self,frozen,ema --target=soft",
-        "keep-random+anchor": f"{BASE} {LEVER} --keep_meta=0.1 --anchor=0.3",
-        "ema-.9999+anchor": f"{BASE} --self_steps=400 --arms=ema --ema_decay=0.9999 --anchor=0.3",
-        # levers of the meta phase
-        "random": f"{LEVER} --adversarial=0.3",
-        "corrupted": f"{LEVER} --adversarial=0.3 --adversary=corrupted",
-        "flips": f"{LEVER} --adversarial=0.3 --adversary=flips",
-        "own-head": f"{LEVER} --critic_part=head",
-        "own-block": f"{LEVER} --critic_part=block",
-        "order-2": f"{LEVER} --order=2",
         # the law: steps to hack against meta steps, rate and vocabulary, read every two steps
         "law-base": f"{BASE} {LAW}",
         "law-meta-250": f"{LAW} --meta_steps=250",
@@ -58,10 +39,29 @@ STUDIES = {
         "law-rate-2": f"{BASE} {LAW} --self_rate=2",
         "law-vocab-256": f"{LAW} --vocab=256",
         "law-vocab-1024": f"{LAW} --vocab=1024",
+        # levers of the self phase
+        "keep-random": f"{BASE} --self_steps=400 --arms=self,ema --keep_meta=0.1",
+        "rescue-hacked": f"{BASE} --self_steps=400 --arms=self,ema --rescue_steps=20",
+        "rescue-own": f"{BASE} {LEVER} --rescue_steps=20 --rescue_reads=own",
+        "anchor": f"{BASE} {LEVER} --anchor=0.3",
+        "trust": f"{BASE} {LEVER} --trust=0.001",
+        "ema-.99": f"{BASE} --self_steps=400 --arms=ema --ema_decay=0.99",
+        "ema-.9999": f"{BASE} --self_steps=400 --arms=ema --ema_decay=0.9999",
+        "soft": f"{BASE} --self_steps=400 --arms=self,frozen,ema --target=soft",
+        "keep-random+anchor": f"{BASE} {LEVER} --keep_meta=0.1 --anchor=0.3",
+        "keep-recorded": f"{BASE} {LEVER} --keep_meta=0.1 --keep=recorded",
+        # levers of the meta phase
+        "flips": f"{LEVER} --adversarial=0.3 --adversary=flips",
+        "random": f"{LEVER} --adversarial=0.3",
+        "own-block": f"{LEVER} --critic_part=block",
+        "own-head": f"{LEVER} --critic_part=head",
+        "order-2": f"{LEVER} --order=2",
         # ensembles, where there is something to disagree about
         "biased": "--meta_steps=300 --self_steps=400 --arms=real,frozen",
         "biased-mean": "--meta_steps=300 --n_critic=3 --self_steps=400 --arms=frozen",
         "biased-weights": "--meta_steps=300 --n_critic=3 --critics=weights --self_steps=400 --arms=frozen",
+        "corrupted": f"{LEVER} --adversarial=0.3 --adversary=corrupted",
+        "ema-.9999+anchor": f"{BASE} --self_steps=400 --arms=ema --ema_decay=0.9999 --anchor=0.3",
     }, (1, 2, 3, 4, 5)),
     # Where is a frozen critic hacked only after hundreds of steps, as earlier work saw at 750?
     "hunt": ("self_ce.py", {
@@ -80,10 +80,10 @@ STUDIES = {
 
 
 def jobs(study):
-    """(folder, command) of each run of a study, the seeds outermost: an interrupted study has whole grids."""
+    """(folder, command) of each run of a study, all seeds of a point before the next: the first points matter most."""
     script, points, seeds = STUDIES[study]
-    for seed in seeds:
-        for name, settings in points.items():
+    for name, settings in points.items():
+        for seed in seeds:
             folder = OUT / f"study-{study}" / name / str(seed)
             words = settings.format(seed=seed, out=OUT).split()
             command = [sys.executable, ROOT / script, f"--seed={seed}", f"--out_dir={folder}", *words]
