@@ -8,7 +8,6 @@ BIN := .venv/bin
 run: .venv/installed
 	$(BIN)/python prepare_data.py
 	$(BIN)/python self_ce.py
-	$(BIN)/python plot.py out/self_ce
 
 study-1: .venv/installed
 	$(BIN)/python study.py 1

@@ -372,16 +372,17 @@ class Run:
         if self.wandb:
             self.wandb.log({f"{row['arm']}/{k}": v for k, v in row.items() if isinstance(v, (int, float))})
 
-    def finish(self, summary):
-        """Writes summary.json, and to wandb the same as a table and a picture; then closes the run."""
+    def finish(self, summary, draw):
+        """Writes summary.json and the picture that `draw` makes of run folders, shows both to wandb; closes the run."""
         self.write_json("summary.json", summary)
+        if self.first:
+            picture, _ = draw([self.out_dir])
+            self.say(f"drawn in {picture}")
         if self.wandb and summary["arms"]:
             import wandb
-            from plot import draw_runs  # here, for plot imports this module
             columns = [k for k, v in next(iter(summary["arms"].values())).items() if not isinstance(v, list)]
             rows = [[name, *(arm[k] for k in columns)] for name, arm in summary["arms"].items()]
-            self.wandb.log({"arms": wandb.Table(columns=["arm", *columns], data=rows),
-                            "curves": wandb.Image(str(draw_runs([self.out_dir])[0]))})
+            self.wandb.log({"arms": wandb.Table(columns=["arm", *columns], data=rows), "curves": wandb.Image(str(picture))})
         self.close()
 
     def sample(self, text):

@@ -4,7 +4,8 @@ Proxy and gold of every arm against steps, with hacks marked, and the table of t
     python plot.py out/self_ce                     # one run
     python plot.py out/study/*                     # many: runs that differ by seed alone become mean and interval
 
-Writes curves.png beside the run (beside the first one, if there are several) and prints where.
+Writes curves.png beside the run (beside the first one, if there are several) and prints where. A run that ends draws
+its own.
 """
 import json
 import sys

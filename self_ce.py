@@ -27,6 +27,7 @@ from torch.func import functional_call, grad, jvp
 
 from configurator import configure, read_checkpoint, refuse
 from model import GPT, GPTConfig, adamw, rollout, sample_tokens
+from plot import draw_runs
 from prepare_data import corpus_id, decode, get_batch, open_corpus, prepare, val_windows
 from watch import MEMORY, STREAMS, Gold, Watch, new_track, summarise, track_gold, write_report
 
@@ -657,7 +658,7 @@ def main():
 
     at["arm"] = "done"
     run.checkpoint(0, at, tally, **parts)
-    run.finish(summarise(run, at["meta"], meta_steps, at["arms"], self_steps))
+    run.finish(summarise(run, at["meta"], meta_steps, at["arms"], self_steps), draw_runs)
 
 
 if __name__ == "__main__":
