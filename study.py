@@ -66,7 +66,9 @@ STUDIES = {
     # Where is a frozen critic hacked only after hundreds of steps, as earlier work saw at 750?
     "hunt": ("self_ce.py", {
         **{f"accuracy-{m}": f"--vocab=4096 --meta_steps={m} --self_steps=1200 --arms=real,frozen --eval_interval=20"
-           for m in (450, 500, 550, 600, 700, 800)},
+           for m in (450, 500, 550, 600)},
+        **{f"accuracy-{m}": f"--vocab=4096 --meta_steps={m} --self_steps=1200 --arms=real,frozen --eval_interval=20 "
+                            "--eval_windows=32" for m in (700, 800)},
         **{f"repeated-{n}": f"--train_tokens={n} --self_steps=3000 --arms=real,frozen --eval_interval=20"
            for n in (5000, 30000)},
         "repeated-4096": "--vocab=4096 --train_tokens=30000 --meta_steps=550 --self_steps=1200 --arms=real,frozen "
