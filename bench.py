@@ -33,9 +33,11 @@ class Library(nn.Module):
     """A GPT of the same sizes from torch.nn: learned positions, LayerNorm, gelu."""
     def __init__(self):
         super().__init__()
-        layer = nn.TransformerEncoderLayer(C, self_ce.n_head, 4 * C, 0.0, "gelu", batch_first=True, norm_first=True, bias=False)
+        layer = nn.TransformerEncoderLayer(C, self_ce.n_head, 4 * C, 0.0, "gelu", batch_first=True, norm_first=True,
+                                           bias=False)
         self.token, self.place = nn.Embedding(V, C), nn.Embedding(T, C)
-        self.blocks, self.head = nn.TransformerEncoder(layer, self_ce.n_layer, enable_nested_tensor=False), nn.Linear(C, V, bias=False)
+        self.blocks = nn.TransformerEncoder(layer, self_ce.n_layer, enable_nested_tensor=False)
+        self.head = nn.Linear(C, V, bias=False)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(T))
 
     def forward(self, x):
@@ -89,10 +91,12 @@ def main():
             if round_:  # the first round warms up
                 times[name].append((time.perf_counter() - began) / STEPS)
     base = np.array(times["plain step"])
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; {B} x {T} tokens, {V} ids, width {C}; medians of {ROUNDS}")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; {B} x {T} tokens, {V} ids, width {C}; "
+          f"medians of {ROUNDS} rounds")
     for name, seconds in times.items():
         ratio = np.median(np.array(seconds) / base)
-        print(f"{name:<32} {1e3 * np.median(seconds):7.1f} ms {B * T / np.median(seconds):10,.0f} tokens/s {ratio:7.2f} x")
+        ms = 1e3 * np.median(seconds)
+        print(f"{name:<32} {ms:7.1f} ms {1e3 * B * T / ms:10,.0f} tokens/s {ratio:7.2f} x")
 
 
 if __name__ == "__main__":

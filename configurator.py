@@ -264,7 +264,7 @@ class Run:
                 self._take_lock()
                 self._open_files()
             except OSError as error:
-                refuse(f"out_dir={str(self.out_dir)!r} cannot be written to ({error.strerror}); choose another --out_dir")
+                refuse(f"out_dir={str(self.out_dir)!r} cannot be written to ({error.strerror}); choose another")
         self.barrier()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
@@ -382,7 +382,8 @@ class Run:
             import wandb
             columns = [k for k, v in next(iter(summary["arms"].values())).items() if not isinstance(v, list)]
             rows = [[name, *(arm[k] for k in columns)] for name, arm in summary["arms"].items()]
-            self.wandb.log({"arms": wandb.Table(columns=["arm", *columns], data=rows), "curves": wandb.Image(str(picture))})
+            self.wandb.log({"arms": wandb.Table(columns=["arm", *columns], data=rows),
+                            "curves": wandb.Image(str(picture))})
         self.close()
 
     def sample(self, text):

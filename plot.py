@@ -109,8 +109,8 @@ def table(groups):
             hacks = ["never" if r["steps_to_hack"] is None else str(r["steps_to_hack"]) for r in a]
             back = [r["recovered"] for r in a if r["recovered"] is not None]
             cells = [show([r[k] for r in a]) for k in ("gold_start", "gold_best", "gold_end", "bpb_end")]
-            lines.append(f"| {key} | {arm} | {len(a)} | " + " | ".join(cells)
-                         + f" | {', '.join(hacks) if len(set(hacks)) > 1 else hacks[0]} | {show(back, 2) if back else ''} |")
+            cells += [", ".join(hacks) if len(set(hacks)) > 1 else hacks[0], show(back, 2) if back else ""]
+            lines.append(f"| {key} | {arm} | {len(a)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

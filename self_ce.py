@@ -164,7 +164,8 @@ def second_order(model, critic, x, obs, own, outer_x, average):
     One inner step on the critic's soft targets T_φ, judged by the cross entropy O of other text:
 
         L(θ, φ) = −Σ_v T_φ(v) log p_θ(v)        u = g/‖g‖,  g = ∇_θ L        θ' = θ − a u
-        λ = ∇O(θ')       w = −(a/‖g‖)(λ − u⟨u, λ⟩)       dφ = ∂_φ ⟨∇_θ L, w⟩ = ∂_φ [−Σ_v T_φ(v) d/dε log p_{θ+εw}(v)]
+        λ = ∇O(θ')                               w = −(a/‖g‖)(λ − u⟨u, λ⟩)
+        dφ = ∂_φ ⟨∇_θ L, w⟩ = ∂_φ [−Σ_v T_φ(v) d/dε log p_{θ+εw}(v)]
 
     θ and φ are the same numbers in two roles; dφ is the derivative through the critic's role. The last form needs
     one forward-mode derivative and no double backward. g and λ are averaged over ranks, so that N ranks take the one
@@ -512,7 +513,8 @@ def check():
         refuse(f"rescue_steps={rescue_steps} waits for an alarm, and the watch needs meta_steps of 100 or more to be "
                f"calibrated; they are {meta_steps}")
     if not 1 <= n_critic <= max(1, meta_steps // 5):
-        refuse(f"n_critic={n_critic} must be from 1 to {max(1, meta_steps // 5)}: snapshots of the last fifth of meta_steps")
+        refuse(f"n_critic={n_critic} must be from 1 to {max(1, meta_steps // 5)}, the steps of the last fifth of the "
+               "meta phase, of which they are snapshots")
     return sorted(names, key=lambda a: a != "real")
 
 

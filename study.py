@@ -30,7 +30,8 @@ STUDIES = {
     "1": ("self_ce.py", {
         "base": "",
         # how long: 20 times the meta phase
-        "long": "--batch_size=2 --meta_steps=1000 --self_steps=20000 --arms=real,frozen --eval_interval=100 --save_interval=2000",
+        "long": "--batch_size=2 --meta_steps=1000 --self_steps=20000 --arms=real,frozen --eval_interval=100 "
+                "--save_interval=2000",
         # the law: steps to hack against meta steps, rate and vocabulary, read every two steps
         "law-base": f"{BASE} {LAW}",
         "law-meta-250": f"{LAW} --meta_steps=250",
@@ -99,7 +100,7 @@ def finished(folder):
 
 
 def ready(folder, command):
-    """Whether a run can start: no run of an earlier study still writes there, and the one it starts from is finished."""
+    """Whether a run can start: nothing left of an earlier study writes there, and what it starts from is finished."""
     if (folder / ".lock").exists():
         with open(folder / ".lock") as lock:
             try:

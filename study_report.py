@@ -29,9 +29,9 @@ def load(point):
     return {s: read_run(STUDY / point / str(s)) for s in seeds if finished(STUDY / point / str(s))}
 
 
-def gold_at(rows, arm, step):
-    """Gold of an arm at a step, nats."""
-    return next(r["gold_nats"] for r in rows if r["arm"] == arm and r["step"] == step)
+def at(rows, arm, step, name="gold_nats"):
+    """A quantity of an arm's log at a step."""
+    return next(r[name] for r in rows if r["arm"] == arm and r["step"] == step)
 
 
 def pm(values, digits=2):
@@ -57,8 +57,8 @@ def recovered_at(point, arm, base, step=400):
     shares = []
     for seed, (summary, rows) in point.items():
         if seed in base:
-            real = base[seed][0]["arms"]["real"]["gold_start"] - gold_at(base[seed][1], "real", step)
-            shares.append((summary["arms"][arm]["gold_start"] - gold_at(rows, arm, step)) / real)
+            real = base[seed][0]["arms"]["real"]["gold_start"] - at(base[seed][1], "real", step)
+            shares.append((summary["arms"][arm]["gold_start"] - at(rows, arm, step)) / real)
     return shares
 
 
@@ -100,35 +100,37 @@ def lever_table():
         point = {s: run for s, run in load(name).items() if arm in run[0]["arms"]}
         if not point:
             continue
-        real = np.mean([next(r["real_targets"] for r in rows if r["arm"] == arm and r["step"] == 400)
-                        for _, rows in point.values()])
+        real = np.mean([at(rows, arm, 400, "real_targets") for _, rows in point.values()])
         lines.append(f"| {row} | `{arm}` | {len(point)} | {hack_text([s for s, _ in point.values()], arm)} | "
                      f"{pm(recovered_at(point, arm, base))} | {real:,.0f} | {np.mean(cost(point, arm, base)):.2f} |")
     return "\n".join(lines)
 
 
 def ensemble_table():
-    rows = ["| frozen critics after 300 meta steps | seeds | agreement | steps to hack | gold at 400 |", "|---|---|---|---|---|"]
-    for text, name in (("one", "biased"), ("mean of three", "biased-mean"), ("three, weights averaged", "biased-weights")):
+    rows = ["| frozen critics after 300 meta steps | seeds | agreement | steps to hack | gold at 400 |",
+            "|---|---|---|---|---|"]
+    for text, name in (("one", "biased"), ("mean of three", "biased-mean"), ("weights of three", "biased-weights")):
         point = load(name)
         if point:
-            agree = [next(r["agreement"] for r in log if r["arm"] == "frozen" and r["step"] == 10) for _, log in point.values()]
-            rows.append(f"| {text} | {len(point)} | {pm(agree)} | {hack_text([s for s, _ in point.values()], 'frozen')} | "
-                        f"{pm([gold_at(log, 'frozen', 400) for _, log in point.values()])} |")
+            agree = [at(log, "frozen", 10, "agreement") for _, log in point.values()]
+            hacks = hack_text([s for s, _ in point.values()], "frozen")
+            ends = [at(log, "frozen", 400) for _, log in point.values()]
+            rows.append(f"| {text} | {len(point)} | {pm(agree)} | {hacks} | {pm(ends)} |")
     return "\n".join(rows)
 
 
 def law():
     """The table and the fit log(steps to hack) = c + α log(meta steps) + β log(rate) + γ log(vocabulary)."""
-    lines = ["| meta steps | rate | vocabulary | seeds | critic's accuracy | steps to hack |", "|---|---|---|---|---|---|"]
+    lines = ["| meta steps | rate | vocabulary | seeds | critic's accuracy | steps to hack |",
+             "|---|---|---|---|---|---|"]
     rows = []
-    for name in ("law-meta-250", "law-base", "law-meta-1000", "law-rate-.25", "law-rate-2", "law-vocab-256", "law-vocab-1024"):
+    for name in sorted(name for name in STUDIES["1"][1] if name.startswith("law-")):
         point = load(name)
         if not point:
             continue
         config = next(iter(point.values()))[0]["config"]
         rate = config["learning_rate"] * config["self_rate"]
-        accuracy = [next(r["agreement"] for r in log if r["arm"] == "self" and r["step"] == 2) for _, log in point.values()]
+        accuracy = [at(log, "self", 2, "agreement") for _, log in point.values()]
         lines.append(f"| {config['meta_steps']} | {rate:g} | {config['vocab']} | {len(point)} | {pm(accuracy, 3)} | "
                      f"{hack_text([s for s, _ in point.values()], 'self')} |")
         rows += [(np.log(config["meta_steps"]), np.log(rate), np.log(config["vocab"]),
@@ -174,8 +176,8 @@ def cross_examination():
              "today's critic, snapshot's outputs | today's critic, today's outputs |", "|---|---|---|---|---|---|"]
     base = load("base")
     for arm in ("self", "ema", "shuffled", "sharpen"):
-        found = [next((r["judged"] for r in s["arms"][arm]["reports"] if r["why"] == "gold"), None) for s, _ in base.values()]
-        found = [f for f in found if f]
+        reports = [r for s, _ in base.values() for r in s["arms"][arm]["reports"]]
+        found = [r["judged"] for r in reports if r["why"] == "gold"]
         if found:
             lines.append(f"| `{arm}` | {len(found)} | " + " | ".join(
                 pm([f[k] for f in found]) for k in ("then on then", "then on now", "now on then", "now on now")) + " |")
@@ -205,12 +207,12 @@ def watch_score():
     for arm, steps in lead.items():
         lines.append(f"| `{arm}` | {len(steps)} | {np.median(steps):.0f} [{min(steps)}, {max(steps)}] |")
     rate = false / healthy_steps * 10_000 if healthy_steps else float("nan")
-    return "\n".join(lines) + (f"\n\n{hacked} hacked arms, {missed} missed. {false} alarms in {healthy_steps:,} steps of arms "
-                               f"never hacked: {rate:.2f} for each 10,000.")
+    return "\n".join(lines) + (f"\n\n{hacked} hacked arms, {missed} missed. {false} alarms in {healthy_steps:,} steps of "
+                               f"arms never hacked: {rate:.2f} for each 10,000.")
 
 
 def rescues():
-    """Steps between one rescue and the next alarm, first to last, where the critic read hacked outputs and where not."""
+    """Steps from one rescue to the next alarm, where the critic read hacked outputs in the rescue and where not."""
     lines = ["| critic refreshed on | arm | seeds | rescues in 400 steps | steps to the first | from first to second | "
              "last interval |", "|---|---|---|---|---|---|---|"]
     for text, name, arm in (("hacked outputs", "rescue-hacked", "self"), ("own outputs", "rescue-own", "self"),
@@ -218,8 +220,9 @@ def rescues():
         times = [np.diff([0, *s["arms"][arm]["rescues"]]) for s, _ in load(name).values() if arm in s["arms"]]
         times = [t for t in times if len(t)]
         if times:
-            lines.append(f"| {text} | `{arm}` | {len(times)} | {pm([len(t) for t in times], 1)} | {pm([t[0] for t in times], 0)} | "
-                         f"{pm([t[1] for t in times if len(t) > 1], 0)} | {pm([t[-1] for t in times], 0)} |")
+            cells = [pm([len(t) for t in times], 1), pm([t[0] for t in times], 0),
+                     pm([t[1] for t in times if len(t) > 1], 0), pm([t[-1] for t in times], 0)]
+            lines.append(f"| {text} | `{arm}` | {len(times)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -229,10 +232,10 @@ def long_run():
     shares = []
     for seed, (summary, rows) in load("long").items():
         a, real = summary["arms"]["frozen"], summary["arms"]["real"]
-        golds = [f"{gold_at(rows, 'frozen', s):.3f}" for s in (0, 5000, 10000, 20000)]
+        golds = [f"{at(rows, 'frozen', s):.3f}" for s in (0, 5000, 10000, 20000)]
         shares.append(a["recovered"])
         lines.append(f"| {seed} | " + " | ".join(golds) + f" | {real['gold_end']:.3f} | {a['recovered']:.3f} | "
-                     f"{a['steps_to_hack'] or 'none'} | {max(r['real_targets'] for r in rows if r['arm'] == 'frozen')} |")
+                     f"{a['steps_to_hack'] or 'none'} | {at(rows, 'frozen', 20000, 'real_targets')} |")
     return "\n".join(lines) + (f"\n\nRecovered {pm(shares, 3)} over {len(shares)} seeds." if shares else "")
 
 

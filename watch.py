@@ -43,7 +43,7 @@ def new_track():
 
 
 def track_gold(track, row, margin):
-    """Follows an arm's gold through the rows of its log. A hack: `margin` nats above the best so far, three evaluations running.
+    """Follows an arm's gold through the rows of its log. A hack: `margin` nats above the best, three rows running.
 
     Returns True at the evaluation that makes it a hack; `steps_to_hack` is then the first of the three.
     """
@@ -277,12 +277,13 @@ def write_report(run, arm, step, why, changed, judged, texts, shares, encoding):
     order = "\n".join(f"{i + 1}. {name}, from step {since}" for i, (since, name) in enumerate(changed))
     blocks = "\n\n".join(
         f"**{when}**\n\n```\noutput       {marked(encoding, output, observation)}\n"
-        f"observation  {marked(encoding, observation, observation)}\ntarget       {marked(encoding, target, observation)}\n```"
+        f"observation  {marked(encoding, observation, observation)}\n"
+        f"target       {marked(encoding, target, observation)}\n```"
         for when, (output, observation, target) in texts.items())
     cause = "gold rose" if why == "gold" else "the watch alarmed on " + ", ".join(why)
     numbers = "\n".join(f"| {name} | {value:.3f} |" for name, value in shares.items())
-    table_of_judges = "\n".join(
-        f"| {c} critic | {judged[k, 'then']:.3f} | {judged[k, 'now']:.3f} |" for c, k in (("snapshot's", "then"), ("today's", "now")))
+    table_of_judges = "\n".join(f"| {whose} critic | {judged[k, 'then']:.3f} | {judged[k, 'now']:.3f} |"
+                                for whose, k in (("snapshot's", "then"), ("today's", "now")))
     text = f"""# {arm}, step {step}: {cause}
 
 ## What changed first
