@@ -29,9 +29,6 @@ LAW = "--self_steps=240 --arms=self --eval_interval=2"
 STUDIES = {
     "1": ("self_ce.py", {
         "base": "",
-        # how long: 20 times the meta phase
-        "long": "--batch_size=2 --meta_steps=1000 --self_steps=20000 --arms=real,frozen --eval_interval=100 "
-                "--save_interval=2000",
         # the law: steps to hack against meta steps, rate and vocabulary, read every two steps
         "law-base": f"{BASE} {LAW}",
         "law-meta-250": f"{LAW} --meta_steps=250",
@@ -51,6 +48,9 @@ STUDIES = {
         "soft": f"{BASE} --self_steps=400 --arms=self,frozen,ema --target=soft",
         "keep-random+anchor": f"{BASE} {LEVER} --keep_meta=0.1 --anchor=0.3",
         "keep-recorded": f"{BASE} {LEVER} --keep_meta=0.1 --keep=recorded",
+        # how long: 20 times the meta phase
+        "long": "--batch_size=2 --meta_steps=1000 --self_steps=20000 --arms=real,frozen --eval_interval=100 "
+                "--save_interval=2000",
         # levers of the meta phase
         "flips": f"{LEVER} --adversarial=0.3 --adversary=flips",
         "random": f"{LEVER} --adversarial=0.3",

@@ -123,9 +123,10 @@ class Watch:
 
     Each is a one-sided CUSUM (Page 1954) of its distance from a slow reference, in spreads:
 
-        S_t = max(0, S_{t−1} + (x_t − r_t)/s − k)        r_{t+1} = r_t + (x_t − r_t)/MEMORY
+        S_t = max(0, S_{t−1} + (x_t − r_t)/s_t − k)      r_{t+1} = r_t + (x_t − r_t)/MEMORY
 
-    and alarms when S_t > h. All is calibrated on the last fifth of the meta phase. s is the spread of x − r there. The
+    and alarms when S_t > h. All is calibrated on the last fifth of the meta phase. s is the spread of x − r there, or
+    more where x − r has spread since (over 10 MEMORY steps; the text that a better model knows varies more). The
     slack k is SLACK, and the lag of r behind x where learning itself moves x the bad way (entropy falls while a model
     learns).
     h is the quantile of the largest S_t of 10,000 steps at which the chance of a false alarm is FALSE_ALARMS, over steps
@@ -134,7 +135,7 @@ class Watch:
     """
 
     def __init__(self):
-        self.state = {name: dict(reference=None, spread=1.0, slack=SLACK, threshold=math.inf, sum=0.0, since=0)
+        self.state = {name: dict(reference=None, spread=1.0, floor=1.0, slack=SLACK, threshold=math.inf, sum=0.0, since=0)
                       for name in STREAMS}
 
     def state_dict(self):
@@ -164,9 +165,10 @@ class Watch:
         self._set("probe", probe, spread, rng.standard_normal(1000), rng, SLACK)
 
     def _set(self, name, reference, spread, sample, rng, slack):
-        self.state[name] = dict(reference=float(reference), spread=float(spread), sum=0.0, since=0, slack=float(slack),
-                                threshold=max(threshold(sample - sample.mean(), rng),
-                                              threshold(rng.standard_normal(100 * len(sample)), rng, len(sample))))
+        h = max(threshold(sample - sample.mean(), rng),
+                threshold(rng.standard_normal(100 * len(sample)), rng, len(sample)))
+        self.state[name] = dict(reference=float(reference), spread=float(spread), floor=float(spread),
+                                slack=float(slack), threshold=h, sum=0.0, since=0)
 
     def update(self, step, values, probe, names=tuple(STREAMS)):
         """Reads the steps since the last call, float [steps, 3], and the probe; those of `names` that alarm."""
@@ -179,11 +181,13 @@ class Watch:
             if s["reference"] is None:
                 continue
             for j, x in enumerate(stream):
-                s["sum"] = max(0.0, s["sum"] + STREAMS[name] * (x - s["reference"]) / s["spread"]
-                               - s["slack"])
+                off = (x - s["reference"]) / s["spread"]
+                s["sum"] = max(0.0, s["sum"] + STREAMS[name] * off - s["slack"])
                 if s["sum"] == 0:
                     s["since"] = step - len(stream) + 1 + j
-                s["reference"] += (x - s["reference"]) / MEMORY
+                s["reference"] += off * s["spread"] / MEMORY
+                grown = 1 + (min(off * off, 9) - 1) / (10 * MEMORY)  # at most 9: a change is not to hide itself
+                s["spread"] = max(s["floor"], s["spread"] * math.sqrt(grown))
                 if s["sum"] > s["threshold"]:
                     fired.append(name)
                     break

@@ -61,6 +61,13 @@ def test_learning_that_slows_down_is_no_alarm():
         assert not any(watch.update(s, torch.tensor(x[s - 10:s]), 0.99) for s in range(510, 3000, 10))
 
 
+def test_streams_that_grow_wilder_over_thousands_of_steps_are_no_alarm():
+    x, watch = streams(0, 20500), Watch()
+    watch.calibrate(x[:500], TOKENS, 0.99, 256)
+    x[500:] = x[500:].mean(0) + (x[500:] - x[500:].mean(0)) * np.linspace(1, 1.6, 20000)[:, None]
+    assert not any(watch.update(s, torch.tensor(x[s - 100:s]), 0.99) for s in range(600, 20500, 100))
+
+
 def test_without_calibration_the_watch_is_off_and_its_state_survives_a_checkpoint():
     watch = Watch()
     watch.calibrate(streams(0, 50), TOKENS, 0.99, 256)
