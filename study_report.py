@@ -136,10 +136,10 @@ def law():
         rows += [(np.log(config["meta_steps"]), np.log(rate), np.log(config["vocab"]),
                   np.log(max(1, s["arms"]["self"]["steps_to_hack"] or s["arms"]["self"]["self_steps"])))
                  for s, _ in point.values()]
-    if len(rows) < 8:
+    data = np.array(rows).reshape(-1, 4)
+    x = np.column_stack((np.ones(len(data)), data[:, :3] - data[:, :3].mean(0))) if rows else data
+    if len(x) < 8 or np.linalg.matrix_rank(x) < 4:  # some of the three has not been varied yet
         return "\n".join(lines)
-    data = np.array(rows)
-    x = np.column_stack((np.ones(len(data)), data[:, :3] - data[:, :3].mean(0)))
     beta, *_ = np.linalg.lstsq(x, data[:, 3], rcond=None)
     left = data[:, 3] - x @ beta
     error = np.sqrt(np.diag(np.linalg.inv(x.T @ x)) * left @ left / (len(x) - 4))
@@ -259,7 +259,8 @@ def draw():
         right.plot(steps, mean, color=COLOUR[arm], label=arm, ls="--" if arm == "real" else "-")
         right.fill_between(steps, mean - half, mean + half, color=COLOUR[arm], alpha=0.2, lw=0)
     right.set(xlabel="self steps", title=f"20 times the meta phase, {len(runs)} seeds")
-    right.legend(fontsize=7)
+    if runs:
+        right.legend(fontsize=7)
     for axis in (left, right):
         axis.grid(alpha=0.2)
     figure.tight_layout()

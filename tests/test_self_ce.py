@@ -229,6 +229,36 @@ def test_a_bounded_step_stays_within_its_bound(monkeypatch):
     assert torch.allclose(held, learner.head.weight, atol=1e-3)
 
 
+def test_the_small_levers_compute_what_their_names_say(monkeypatch):
+    monkeypatch.setattr(self_ce, "vocab", 13)
+    run = type("Run", (), dict(rank=0, ranks=1, device=torch.device("cpu")))()
+    learner, critic, x = small_gpt(), small_gpt(), torch.randint(0, 13, (2, 7))
+    # ema: the distance to the learner shrinks by the share that is not kept
+    for p in critic.parameters():
+        p.data += 1.0
+    monkeypatch.setattr(self_ce, "ema_decay", 0.75)
+    self_ce.follow(critic, learner)
+    assert all(torch.allclose(c - p, torch.full_like(p, 0.75)) for c, p in zip(critic.parameters(), learner.parameters()))
+    # anchor: no force at the snapshot, KL away from it
+    snapshot = {n: p.detach().clone() for n, p in learner.named_parameters()}
+    assert abs(self_ce.leash(learner, snapshot, x, learner(x))) < 1e-12
+    p, q = critic(x).softmax(-1), learner(x).softmax(-1)
+    assert torch.allclose(self_ce.leash(learner, snapshot, x, critic(x)), (p * (p / q).log()).sum(-1).mean())
+    # keep_meta on random strings reads no corpus at all, and every step others
+    pairs = [torch.stack(self_ce.kept_pairs(run, None, None, None, step)) for step in (0, 0, 1)]
+    assert torch.equal(pairs[0], pairs[1]) and not torch.equal(pairs[0], pairs[2]) and pairs[0].max() == 12
+    # n_critic: the judges' mean distribution, and where they are not of one mind
+    obs = torch.zeros(1, 3).long()
+    judges = [Names(torch.tensor([[1, 2, 3]])), Names(torch.tensor([[1, 2, 4]])), Names(torch.tensor([[1, 5, 4]]))]
+    named, disagreement = self_ce.critic_target(judges, obs, obs)
+    assert named.tolist() == [[1, 2, 4]] and disagreement == pytest.approx(2 / 3)
+    # critic_part: only that part is the critic's own
+    monkeypatch.setattr(self_ce, "critic_part", "block")
+    role = self_ce.in_critics_role(learner)
+    own = {n for (n, p), q in zip(role.named_parameters(), learner.parameters()) if p is not q}
+    assert own == {n for n, _ in learner.named_parameters() if n.startswith("blocks.1.") or n == "head.weight"}
+
+
 # ---- the script
 
 def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_path):
