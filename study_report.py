@@ -142,7 +142,7 @@ def law():
         return "\n".join(lines)
     beta, *_ = np.linalg.lstsq(x, data[:, 3], rcond=None)
     left = data[:, 3] - x @ beta
-    error = np.sqrt(np.diag(np.linalg.inv(x.T @ x)) * left @ left / (len(x) - 4))
+    error = np.sqrt(np.diag(np.linalg.inv(x.T @ x)) * (left @ left) / (len(x) - 4))
     t = STUDENT.get(len(x) - 3, 1.96 + 2.5 / (len(x) - 4))
     names = ("meta steps", "learning rate", "vocabulary")
     fit = ", ".join(f"{n}^({b:.2f} ± {t * e:.2f})" for n, b, e in zip(names, beta[1:], error[1:]))
