@@ -275,7 +275,8 @@ def main():
     text = README.read_text()
     for name, content in parts.items():
         print(content, "\n")
-        text = re.sub(rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", lambda m: m[1] + content + m[2], text, flags=re.S)
+        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + content + "\n" + m[2], text,
+                      flags=re.S)
     README.write_text(text)
     draw()
     print(f"written into {README.name} and {FIGURES.name}/")
