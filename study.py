@@ -1,7 +1,7 @@
 """
 Many runs of one script, two at a time, that go on where they were when started again.
 
-    python study.py 1            # stage 1: the grid behind the README's table, about MINUTES on two cores
+    python study.py 1            # stage 1: the grid behind the README's table, 90 to 100 minutes on two cores
     python study.py 1 --list     # what it would run, and what is done
 
 Each run is a process of its own with one thread, in out/study-1/<name>/<seed>. A finished run has a summary.json and
