@@ -137,17 +137,27 @@ def law():
                   np.log(max(1, s["arms"]["self"]["steps_to_hack"] or s["arms"]["self"]["self_steps"])))
                  for s, _ in point.values()]
     data = np.array(rows).reshape(-1, 4)
-    x = np.column_stack((np.ones(len(data)), data[:, :3] - data[:, :3].mean(0))) if rows else data
-    if len(x) < 8 or np.linalg.matrix_rank(x) < 4:  # some of the three has not been varied yet
-        return "\n".join(lines)
+    taught = data[data[:, 0] > np.log(300)] if rows else data  # after 250 meta steps the critic is a biased teacher
+    fits = [text for text in (fit(data, "all points"), fit(taught, "without 250 meta steps")) if text]
+    return "\n\n".join(["\n".join(lines), *fits])
+
+
+def fit(data, which):
+    """The power law by least squares on logarithms, or "" where one of the three has not been varied yet.
+
+    The points of one seed that share a snapshot are taken as independent, so the intervals are somewhat too narrow.
+    """
+    x = np.column_stack((np.ones(len(data)), data[:, :3] - data[:, :3].mean(0))) if len(data) else data
+    if len(x) < 8 or np.linalg.matrix_rank(x) < 4:
+        return ""
     beta, *_ = np.linalg.lstsq(x, data[:, 3], rcond=None)
     left = data[:, 3] - x @ beta
     error = np.sqrt(np.diag(np.linalg.inv(x.T @ x)) * (left @ left) / (len(x) - 4))
     t = STUDENT.get(len(x) - 3, 1.96 + 2.5 / (len(x) - 4))
     names = ("meta steps", "learning rate", "vocabulary")
-    fit = ", ".join(f"{n}^({b:.2f} ± {t * e:.2f})" for n, b, e in zip(names, beta[1:], error[1:]))
+    terms = ", ".join(f"{n}^({b:.2f} ± {t * e:.2f})" for n, b, e in zip(names, beta[1:], error[1:]))
     share = 1 - left @ left / ((data[:, 3] - data[:, 3].mean()) ** 2).sum()
-    return "\n".join(lines) + f"\n\nFitted: steps to hack ∝ {fit}; R² {share:.2f}, {len(x)} runs."
+    return f"Fitted, {which}: steps to hack ∝ {terms}; R² {share:.2f}, {len(x)} runs."
 
 
 def breaking_order():
