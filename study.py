@@ -1,7 +1,7 @@
 """
 Many runs of one script, two at a time, that go on where they were when started again.
 
-    python study.py 1            # stage 1: the grid behind the README's table, 90 to 100 minutes on two cores
+    python study.py 1            # stage 1: the grid behind the README's tables
     python study.py 1 --list     # what it would run, and what is done
 
 Each run is a process of its own with one thread, in out/study-1/<name>/<seed>. A finished run has a summary.json and
@@ -23,6 +23,8 @@ OUT = ROOT / "out"
 
 BASE = "--start={out}/study-1/base/{seed}"  # levers of the self phase share one meta phase a seed
 LEVER = "--self_steps=400 --arms=self"
+LONG = "--batch_size=2 --meta_steps=1000"
+LONG_BASE = "--start={out}/study-1-long/frozen/{seed}"
 LAW = "--self_steps=240 --arms=self --eval_interval=2"
 
 # study: (script, {name of a point: settings that differ from the script's}, seeds)
@@ -33,6 +35,7 @@ STUDIES = {
         "law-base": f"{BASE} {LAW}",
         "law-meta-250": f"{LAW} --meta_steps=250",
         "law-meta-1000": f"{LAW} --meta_steps=1000",
+        "law-meta-2000": f"{LAW} --meta_steps=2000",
         "law-rate-.25": f"{BASE} {LAW} --self_rate=0.25",
         "law-rate-2": f"{BASE} {LAW} --self_rate=2",
         "law-vocab-256": f"{LAW} --vocab=256",
@@ -48,9 +51,6 @@ STUDIES = {
         "soft": f"{BASE} --self_steps=400 --arms=self,frozen,ema --target=soft",
         "keep-random+anchor": f"{BASE} {LEVER} --keep_meta=0.1 --anchor=0.3",
         "keep-recorded": f"{BASE} {LEVER} --keep_meta=0.1 --keep=recorded",
-        # how long: 20 times the meta phase
-        "long": "--batch_size=2 --meta_steps=1000 --self_steps=20000 --arms=real,frozen --eval_interval=100 "
-                "--save_interval=2000",
         # levers of the meta phase
         "flips": f"{LEVER} --adversarial=0.3 --adversary=flips",
         "random": f"{LEVER} --adversarial=0.3",
@@ -63,6 +63,13 @@ STUDIES = {
         "biased-weights": "--meta_steps=300 --n_critic=3 --critics=weights --self_steps=400 --arms=frozen",
         "corrupted": f"{LEVER} --adversarial=0.3 --adversary=corrupted",
         "ema-.9999+anchor": f"{BASE} --self_steps=400 --arms=ema --ema_decay=0.9999 --anchor=0.3",
+    }, (1, 2, 3, 4, 5)),
+    # How long can it go on? 20 times the meta phase, with no real token as a target.
+    "1-long": ("self_ce.py", {
+        "frozen": f"{LONG} --self_steps=20000 --arms=real,frozen --eval_interval=100 --save_interval=2000",
+        "self": f"{LONG} {LONG_BASE} --self_steps=20000 --arms=self --keep_meta=0.1 --eval_interval=100 "
+                "--save_interval=2000",
+        "sharpen": f"{LONG} {LONG_BASE} --self_steps=1000 --arms=sharpen,self",
     }, (1, 2, 3, 4, 5)),
     # Where is a frozen critic hacked only after hundreds of steps, as earlier work saw at 750?
     "hunt": ("self_ce.py", {
