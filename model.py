@@ -32,7 +32,8 @@ class GPTConfig:
 # ----------------------------------------------------------------------------------------------
 # who sees whom
 
-TRUE, OWN = 0, 1  # kinds of token: the world's, and the learner's own
+# kinds of token: the world's, the learner's own, and gists of the one and of the other
+TRUE, OWN, GIST, OWN_GIST = range(4)
 
 
 def attention_mask(kind, chunk, pos):
@@ -163,7 +164,7 @@ class GPT(nn.Module):
             else:
                 nn.init.normal_(p, std=self.config.n_embd ** -0.5)
 
-    def forward(self, x, pos=None, mask=None, read=None, fused=True, cache=None):
+    def forward(self, x, pos=None, mask=None, read=None, fused=True, cache=None, residual=None):
         """Logits [B, L', V] at the positions that `read` selects (all if None).
 
         x: tokens, int [B, L], or embeddings, float [B, L, C]: a soft token is `weights @ params["embed.weight"]`.
@@ -171,6 +172,8 @@ class GPT(nn.Module):
         read: index of the L dimension, e.g. slice(2, None, 3); the head is the largest product of a small model.
         cache: a dict, empty at first, that keeps keys and values: the next call sees all S tokens so far, and must say
         by pos and mask where its own stand among them (ValueError).
+        residual: the number k of a block; in place of logits, what enters block k, normed [B, L', C]. No later block
+        is computed. (What leaves the last block at a gist is trained by nothing, for no later token reads it.)
         """
         if cache and (pos is None or mask is None):
             raise ValueError("with tokens in the cache, pos and mask must be given")
@@ -178,9 +181,10 @@ class GPT(nn.Module):
         pos = torch.arange(x.size(1), device=x.device) if pos is None else pos
         table = rotary_table(pos, self.config.n_embd // self.config.n_head, x.dtype)
         x = norm(x)
-        for block in self.blocks:
+        for block in self.blocks[:residual]:
             x = block(x, table, mask, fused, cache)
-        return self.head(norm(x if read is None else x[:, read]))
+        x = norm(x if read is None else x[:, read])
+        return self.head(x) if residual is None else x
 
 
 def adamw(model, learning_rate):
