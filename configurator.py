@@ -163,6 +163,19 @@ def check_common(settings):
         refuse(f"n_embd={n_embd} must be an even multiple of n_head={n_head} (rotary positions turn pairs of numbers)")
 
 
+def chosen_arms(text, known):
+    """The arms that `text` lists with commas, real first: no hack is to be believed before it. Refuses unknown ones."""
+    names = [a for a in text.replace(" ", "").split(",") if a]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            refuse(f"arms={text!r}: there is no arm {name!r}; "
+                   + (f"did you mean {near[0]!r}?" if near else f"the arms are {', '.join(known)}"))
+    if len(set(names)) < len(names):
+        refuse(f"arms={text!r} names an arm twice")
+    return sorted(names, key=lambda a: a != "real")
+
+
 # ----------------------------------------------------------------------------------------------
 # device and ranks
 
@@ -399,6 +412,14 @@ class Run:
                 refuse(f"{file.name} could not be written ({error.strerror}); the last checkpoint is kept. "
                        f"When there is room: --resume={self.out_dir}")
 
+    def arms_to_go(self, names, known):
+        """The arms of `names` that are not finished, an interrupted one first; refuses to leave that one out."""
+        done, at = (self.resumed["arms"], self.resumed["arm"]) if self.resumed else ({}, "meta")
+        if at in known and at not in names:
+            refuse(f"arms={self.settings['arms']!r} leaves out {at!r}, in which {self.out_dir} was interrupted; "
+                   "name it too")
+        return sorted((a for a in names if a not in done), key=lambda a: a != at)
+
     # ---- what a person sees
 
     def say(self, text):
@@ -494,6 +515,23 @@ def read_checkpoint(folder, stage, device="cpu"):
     if state["stage"] != stage:
         refuse(f"{path} is a checkpoint of {state['stage']}.py; go on with it by python {state['stage']}.py")
     return state
+
+
+def read_meta_phase(folder, stage, device, settings, self_phase, corpus):
+    """(meta, snapshot) of the run in `folder`, to start arms from; refuses one whose meta phase would have been another.
+
+    self_phase: names of the settings that a meta phase does not read. corpus: its identity, see `corpus_id`.
+    """
+    other = read_checkpoint(folder, stage, device)
+    if other["meta"] is None:
+        refuse(f"start={folder!r} has not finished its meta phase")
+    if other["corpus"] != corpus:
+        refuse(f"start={folder!r} was begun with another corpus or tokenizer")
+    for name, value in settings.items():
+        if name not in self_phase and other["config"].get(name) != value:
+            refuse(f"{name}={value!r} differs from {other['config'].get(name)!r}, with which {folder} went through its "
+                   "meta phase")
+    return other["meta"], other["snapshot"]
 
 
 def keep_saved(settings, given, saved, folder):

@@ -75,6 +75,33 @@ def attention_mask(kind, chunk, pos):
     return true_sees | own_sees_true | own_sees_own
 
 
+def bottleneck_mask(chunk, kind, how):
+    """Who attends to whom where text is cut into chunks and earlier chunks are read through their gists.
+
+    chunk, kind (TRUE or GIST): int [L] each, in the order of the sequence. Returns bool [L, L]: everything sees its own
+    chunk up to itself, and of earlier chunks: with how = "gist" (and "pool") their gists alone, with "full" all of
+    them, with "none" nothing. Two chunks of two tokens x, each with a gist G at its end:
+
+                    gist, pool                  full                    none
+                x0 x1 G0 x2 x3 G1        x0 x1 G0 x2 x3 G1       x0 x1 G0 x2 x3 G1
+        x0       1  .  .  .  .  .         1  .  .  .  .  .        1  .  .  .  .  .
+        x1       1  1  .  .  .  .         1  1  .  .  .  .        1  1  .  .  .  .
+        G0       1  1  1  .  .  .         1  1  1  .  .  .        1  1  1  .  .  .
+        x2       .  .  1  1  .  .         1  1  1  1  .  .        .  .  .  1  .  .
+        x3       .  .  1  1  1  .         1  1  1  1  1  .        .  .  .  1  1  .
+        G1       .  .  1  1  1  1         1  1  1  1  1  1        .  .  .  1  1  1
+
+    Raises ValueError for another `how`.
+    """
+    causal = torch.ones(len(chunk), len(chunk), dtype=torch.bool, device=chunk.device).tril()
+    same = chunk[:, None] == chunk[None, :]
+    if how in ("gist", "pool"):
+        return causal & (same | (kind == GIST)[None, :])
+    if how not in ("full", "none"):
+        raise ValueError(f"how={how!r} must be gist, pool, full or none")
+    return causal if how == "full" else causal & same
+
+
 def attend(q, k, v, mask, fused):
     """Attention of q [B, H, L, D] over k, v [B, H, S, D] -> [B, H, L, D].
 
@@ -88,6 +115,22 @@ def attend(q, k, v, mask, fused):
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
     scores = (q @ k.transpose(-2, -1)) * q.size(-1) ** -0.5
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
+
+
+def attend_branches(q, k, v, past_k, past_v, mask):
+    """Attention of N short branches that share one past: q [B, H, N, r, D] -> [B, H, N r, D].
+
+    k, v: [B, H, N, R, D], the branch's own tokens so far, of which the queries are the last r. past_k, past_v:
+    [B, H, S, D]. mask: bool [N r, S], what a query sees of the past. Branches do not see one another; one mask over
+    all of them would cost N times as much.
+    """
+    B, H, N, r, D = q.shape
+    own = (q @ k.transpose(-2, -1)).masked_fill(~torch.ones_like(q[0, 0, 0] @ k[0, 0, 0].T, dtype=torch.bool).tril(
+        k.size(3) - r), float("-inf"))
+    past = (q.reshape(B, H, N * r, D) @ past_k.transpose(-2, -1)).masked_fill(~mask, float("-inf"))
+    weights = (torch.cat((past, own.view(B, H, N * r, -1)), -1) * D ** -0.5).softmax(-1)
+    y = (weights[..., past.size(-1):].reshape(own.shape) @ v).view(B, H, N * r, D)
+    return y + weights[..., :past.size(-1)] @ past_v
 
 
 # ----------------------------------------------------------------------------------------------
@@ -119,15 +162,23 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(c.n_embd, 3 * c.n_embd, bias=False)
         self.out = nn.Linear(c.n_embd, c.n_embd, bias=False)
 
-    def forward(self, x, table, mask, fused, cache):
+    def forward(self, x, table, mask, fused, cache, branches):
         B, L, C = x.shape
         q, k, v = self.qkv(x).view(B, L, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # [B, H, L, D] each
         q, k = rotate(norm(q), table), rotate(norm(k), table)
-        if cache is not None:
-            if self in cache:
-                k, v = torch.cat((cache[self][0], k), 2), torch.cat((cache[self][1], v), 2)  # [B, H, S + L, D]
-            cache[self] = k, v
-        y = attend(q, k, v, mask, fused)
+        if branches:
+            past_k, past_v, *own = cache[self]
+            q, k, v = (t.unflatten(2, (branches, -1)) for t in (q, k, v))  # [B, H, N, r, D] each
+            if own:
+                k, v = torch.cat((own[0], k), 3), torch.cat((own[1], v), 3)
+            cache[self] = past_k, past_v, k, v
+            y = attend_branches(q, k, v, past_k, past_v, mask)
+        else:
+            if cache is not None:
+                if self in cache:
+                    k, v = torch.cat((cache[self][0], k), 2), torch.cat((cache[self][1], v), 2)  # [B, H, S + L, D]
+                cache[self] = k, v
+            y = attend(q, k, v, mask, fused)
         return self.out(y.transpose(1, 2).reshape(B, L, C))
 
 
@@ -138,8 +189,8 @@ class Block(nn.Module):
         self.up = nn.Linear(c.n_embd, 4 * c.n_embd, bias=False)
         self.down = nn.Linear(4 * c.n_embd, c.n_embd, bias=False)
 
-    def forward(self, x, table, mask, fused, cache):
-        x = x + self.attention(norm(x), table, mask, fused, cache)
+    def forward(self, x, table, mask, fused, cache, branches):
+        x = x + self.attention(norm(x), table, mask, fused, cache, branches)
         return x + self.down(self.up(norm(x)).relu().square())
 
 
@@ -164,7 +215,8 @@ class GPT(nn.Module):
             else:
                 nn.init.normal_(p, std=self.config.n_embd ** -0.5)
 
-    def forward(self, x, pos=None, mask=None, read=None, fused=True, cache=None, residual=None):
+    def forward(self, x, pos=None, mask=None, read=None, fused=True, cache=None, residual=None, branches=0,
+                blend=None):
         """Logits [B, L', V] at the positions that `read` selects (all if None).
 
         x: tokens, int [B, L], or embeddings, float [B, L, C]: a soft token is `weights @ params["embed.weight"]`.
@@ -174,6 +226,9 @@ class GPT(nn.Module):
         by pos and mask where its own stand among them (ValueError).
         residual: the number k of a block; in place of logits, what enters block k, normed [B, L', C]. No later block
         is computed. (What leaves the last block at a gist is trained by nothing, for no later token reads it.)
+        branches: N, if x holds the next L / N tokens of N branches, one after another, that share the past in the
+        cache and do not see one another; see `attend_branches`. Branches grow in the cache: pass dict(cache) for new ones.
+        blend: float [L, L], how what enters each block is mixed over positions first.
         """
         if cache and (pos is None or mask is None):
             raise ValueError("with tokens in the cache, pos and mask must be given")
@@ -182,7 +237,7 @@ class GPT(nn.Module):
         table = rotary_table(pos, self.config.n_embd // self.config.n_head, x.dtype)
         x = norm(x)
         for block in self.blocks[:residual]:
-            x = block(x, table, mask, fused, cache)
+            x = block(x if blend is None else blend @ x, table, mask, fused, cache, branches)
         x = norm(x if read is None else x[:, read])
         return self.head(x) if residual is None else x
 

@@ -17,7 +17,6 @@ and its distribution q at each LOSS names the token that the learner should have
 An arm is one self phase. All arms start from the same snapshot of weights and optimizer, and see the same data.
 """
 import copy
-import difflib
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, grad, jvp
 
-from configurator import configure, read_checkpoint, refuse
+from configurator import chosen_arms, configure, read_meta_phase, refuse
 from model import GPT, GPTConfig, adamw, rollout, sample_tokens
 from plot import draw_runs
 from prepare_data import corpus_id, decode, get_batch, open_corpus, prepare, val_windows
@@ -490,15 +489,8 @@ def report(run, arm, step, why, watch, learner, judges, snapshot, corpus, row):
 # the run
 
 def check():
-    """The arms by name, real first: no hack is to be believed before it. Refuses settings that cannot be."""
-    names = [a for a in arms.replace(" ", "").split(",") if a]
-    for name in names:
-        if name not in ARMS:
-            near = difflib.get_close_matches(name, ARMS, n=1)
-            refuse(f"arms={arms!r}: there is no arm {name!r}; "
-                   + (f"did you mean {near[0]!r}?" if near else f"the arms are {', '.join(ARMS)}"))
-    if len(set(names)) < len(names):
-        refuse(f"arms={arms!r} names an arm twice")
+    """The arms by name. Refuses settings that cannot be."""
+    names = chosen_arms(arms, ARMS)
     if order not in (1, 2):
         refuse(f"order={order} must be 1 (imitation) or 2 (imitation and second order)")
     if ema_decay >= 1:
@@ -515,34 +507,12 @@ def check():
     if not 1 <= n_critic <= max(1, meta_steps // 5):
         refuse(f"n_critic={n_critic} must be from 1 to {max(1, meta_steps // 5)}, the steps of the last fifth of the "
                "meta phase, of which they are snapshots")
-    return sorted(names, key=lambda a: a != "real")
-
-
-def arms_to_go(run, names):
-    """The arms that are not finished, an interrupted one first; refuses to leave that one out."""
-    done, at = (run.resumed["arms"], run.resumed["arm"]) if run.resumed else ({}, "meta")
-    if at in ARMS and at not in names:
-        refuse(f"arms={arms!r} leaves out {at!r}, in which {run.out_dir} was interrupted; name it too")
-    return sorted((a for a in names if a not in done), key=lambda a: a != at)
-
-
-def meta_phase_of(run, identity):
-    """(meta, snapshot) of the run that `start` names; refuses one whose meta phase would have been another."""
-    other = read_checkpoint(start, run.stage, run.device)
-    if other["meta"] is None:
-        refuse(f"start={start!r} has not finished its meta phase")
-    if other["corpus"] != identity:
-        refuse(f"start={start!r} was begun with another corpus or tokenizer")
-    for name, value in run.settings.items():
-        if name not in SELF_PHASE and other["config"].get(name) != value:
-            refuse(f"{name}={value!r} differs from {other['config'].get(name)!r}, with which {start} went through its "
-                   "meta phase")
-    return other["meta"], other["snapshot"]
+    return names
 
 
 def main():
     run = configure(globals())
-    names = arms_to_go(run, check())
+    names = run.arms_to_go(check(), ARMS)
     if run.local_rank == 0:
         prepare(dataset, vocab)
     run.barrier()
@@ -566,7 +536,8 @@ def main():
             refuse(f"{corpus.folder} holds another corpus or tokenizer than the one that {run.out_dir} was begun with")
         run.restore(at, tally, **parts)
     elif start:
-        at["meta"], at["snapshot"] = meta_phase_of(run, at["corpus"])
+        at["meta"], at["snapshot"] = read_meta_phase(
+            start, run.stage, run.device, run.settings, SELF_PHASE, at["corpus"])
         at["arm"] = "start"
     if compile:
         for module in {learner, role, *judges}:
