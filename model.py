@@ -117,20 +117,19 @@ def attend(q, k, v, mask, fused):
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
 
 
-def attend_branches(q, k, v, past_k, past_v, mask):
-    """Attention of N short branches that share one past: q [B, H, N, r, D] -> [B, H, N r, D].
+def attend_branches(q, k, v, past_k, past_v, near, sees, causal):
+    """Attention of M short branches at each of N places of one past that all share: q [B, H, N, M, r, D] -> the same.
 
-    k, v: [B, H, N, R, D], the branch's own tokens so far, of which the queries are the last r. past_k, past_v:
-    [B, H, S, D]. mask: bool [N r, S], what a query sees of the past. Branches do not see one another; one mask over
-    all of them would cost N times as much.
+    k, v: [B, H, N, M, R, D], a branch's own tokens so far. past_k, past_v: [B, H, S, D]. near: int [N, S'], which tokens
+    of the past a place may see at all; sees: bool [N, S'], which of those it does. causal: bool [r, R]. Branches do not
+    see one another: under one mask over all their tokens this would cost N M times as much.
     """
-    B, H, N, r, D = q.shape
-    own = (q @ k.transpose(-2, -1)).masked_fill(~torch.ones_like(q[0, 0, 0] @ k[0, 0, 0].T, dtype=torch.bool).tril(
-        k.size(3) - r), float("-inf"))
-    past = (q.reshape(B, H, N * r, D) @ past_k.transpose(-2, -1)).masked_fill(~mask, float("-inf"))
-    weights = (torch.cat((past, own.view(B, H, N * r, -1)), -1) * D ** -0.5).softmax(-1)
-    y = (weights[..., past.size(-1):].reshape(own.shape) @ v).view(B, H, N * r, D)
-    return y + weights[..., :past.size(-1)] @ past_v
+    past_k, past_v, q = past_k[:, :, near], past_v[:, :, near], q * q.size(-1) ** -0.5
+    past = (q.flatten(3, 4) @ past_k.transpose(-2, -1)).masked_fill(~sees[:, None], float("-inf"))  # [B, H, N, M r, S']
+    own = (q @ k.transpose(-2, -1)).masked_fill(~causal, float("-inf"))                            # [B, H, N, M, r, R]
+    weights = torch.cat((past, own.flatten(3, 4)), -1).softmax(-1)
+    y = (weights[..., :past.size(-1)] @ past_v).view_as(q)
+    return y + weights[..., past.size(-1):].view_as(own) @ v
 
 
 # ----------------------------------------------------------------------------------------------
@@ -162,24 +161,23 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(c.n_embd, 3 * c.n_embd, bias=False)
         self.out = nn.Linear(c.n_embd, c.n_embd, bias=False)
 
-    def forward(self, x, table, mask, fused, cache, branches):
-        B, L, C = x.shape
-        q, k, v = self.qkv(x).view(B, L, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # [B, H, L, D] each
+    def forward(self, x, table, mask, fused, cache, read):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).movedim(-3, 0).movedim(-2, 2)  # [B, H, ..., L, D] each
         q, k = rotate(norm(q), table), rotate(norm(k), table)
-        if branches:
+        if x.dim() == 5:
             past_k, past_v, *own = cache[self]
-            q, k, v = (t.unflatten(2, (branches, -1)) for t in (q, k, v))  # [B, H, N, r, D] each
             if own:
-                k, v = torch.cat((own[0], k), 3), torch.cat((own[1], v), 3)
+                k, v = torch.cat((own[0], k), -2), torch.cat((own[1], v), -2)
             cache[self] = past_k, past_v, k, v
-            y = attend_branches(q, k, v, past_k, past_v, mask)
+            causal = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=x.device).tril(k.size(-2) - q.size(-2))
+            y = attend_branches(q[..., read, :], k, v, past_k, past_v, *mask, causal[read])
         else:
             if cache is not None:
                 if self in cache:
                     k, v = torch.cat((cache[self][0], k), 2), torch.cat((cache[self][1], v), 2)  # [B, H, S + L, D]
                 cache[self] = k, v
             y = attend(q, k, v, mask, fused)
-        return self.out(y.transpose(1, 2).reshape(B, L, C))
+        return self.out(y.movedim(1, -2).flatten(-2))
 
 
 class Block(nn.Module):
@@ -189,8 +187,8 @@ class Block(nn.Module):
         self.up = nn.Linear(c.n_embd, 4 * c.n_embd, bias=False)
         self.down = nn.Linear(4 * c.n_embd, c.n_embd, bias=False)
 
-    def forward(self, x, table, mask, fused, cache, branches):
-        x = x + self.attention(norm(x), table, mask, fused, cache, branches)
+    def forward(self, x, table, mask, fused, cache, read=slice(None)):
+        x = x[..., read, :] + self.attention(norm(x), table, mask, fused, cache, read)
         return x + self.down(self.up(norm(x)).relu().square())
 
 
@@ -215,8 +213,7 @@ class GPT(nn.Module):
             else:
                 nn.init.normal_(p, std=self.config.n_embd ** -0.5)
 
-    def forward(self, x, pos=None, mask=None, read=None, fused=True, cache=None, residual=None, branches=0,
-                blend=None):
+    def forward(self, x, pos=None, mask=None, read=None, fused=True, cache=None, residual=None, blend=None):
         """Logits [B, L', V] at the positions that `read` selects (all if None).
 
         x: tokens, int [B, L], or embeddings, float [B, L, C]: a soft token is `weights @ params["embed.weight"]`.
@@ -226,19 +223,25 @@ class GPT(nn.Module):
         by pos and mask where its own stand among them (ValueError).
         residual: the number k of a block; in place of logits, what enters block k, normed [B, L', C]. No later block
         is computed. (What leaves the last block at a gist is trained by nothing, for no later token reads it.)
-        branches: N, if x holds the next L / N tokens of N branches, one after another, that share the past in the
-        cache and do not see one another; see `attend_branches`. Branches grow in the cache: pass dict(cache) for new ones.
         blend: float [L, L], how what enters each block is mixed over positions first.
+
+        Branches: x int [B, N, M, r] or float [B, N, M, r, C] holds the next r tokens of M branches at each of N places
+        of the past in the cache. pos: int [N, r]; mask: (near, sees), see `attend_branches`; the result is
+        [B, N, M, r', ...]. Branches grow in the cache: pass dict(cache) to begin new ones.
         """
         if cache and (pos is None or mask is None):
             raise ValueError("with tokens in the cache, pos and mask must be given")
         x = self.embed(x) if not x.is_floating_point() else x
-        pos = torch.arange(x.size(1), device=x.device) if pos is None else pos
+        pos = torch.arange(x.size(-2), device=x.device) if pos is None else pos
         table = rotary_table(pos, self.config.n_embd // self.config.n_head, x.dtype)
+        *blocks, last = self.blocks[:residual]
+        # in a branch only what is read goes through the last block; elsewhere its mask would have to be cut as well
+        early = read if read is not None and x.dim() == 5 else slice(None)
         x = norm(x)
-        for block in self.blocks[:residual]:
-            x = block(x if blend is None else blend @ x, table, mask, fused, cache, branches)
-        x = norm(x if read is None else x[:, read])
+        for block in blocks:
+            x = block(x if blend is None else blend @ x, table, mask, fused, cache)
+        x = last(x if blend is None else blend @ x, table, mask, fused, cache, early)
+        x = norm(x if read is None or x.dim() == 5 else x[:, read])
         return self.head(x) if residual is None else x
 
 

@@ -242,13 +242,13 @@ def threshold(sample, rng, known=None, steps=10_000, chains=500):
 # the report of a hack
 
 def marked(encoding, ids, reference):
-    """Text of `ids` in which runs of tokens that differ from `reference` stand in ⟦ ⟧."""
+    """Text of `ids` in which runs of tokens that differ from `reference` stand in ⟦ ⟧; None shows as ∅."""
     text, inside = "", False
     for a, b in zip(ids, reference):
         if (a != b) != inside:
             text += "⟧" if inside else "⟦"
             inside = not inside
-        text += encoding.decode([a], errors="replace").replace("\n", "⏎")
+        text += "∅" if a is None else encoding.decode([a], errors="replace").replace("\n", "⏎")
     return text + "⟧" * inside
 
 

@@ -1,0 +1,904 @@
+"""
+Stage 2: can a language model learn from the distance between the gist of its own text and the gist of the truth?
+
+    python gist_bottleneck.py                                       # two cores, about 4 minutes
+    python gist_bottleneck.py --chunk=8 --n_gist=2 --place=spread   # any setting below
+    python gist_bottleneck.py --resume=out/gist_bottleneck --arms= --prompt=my.txt   # a text continued from its gists
+    torchrun --standalone --nproc_per_node=2 gist_bottleneck.py     # the same numbers on two ranks
+
+Meta phase: cross entropy, on text cut into chunks, each with gist tokens G. Later chunks see an earlier one through
+its gists alone, so what they need of it must pass through; `full` and `none` are the controls of the same compute:
+
+                    gist                        full                    none
+                x0 x1 G0 x2 x3 G1        x0 x1 G0 x2 x3 G1       x0 x1 G0 x2 x3 G1
+        x0       1  .  .  .  .  .         1  .  .  .  .  .        1  .  .  .  .  .
+        x1       1  1  .  .  .  .         1  1  .  .  .  .        1  1  .  .  .  .
+        G0       1  1  1  .  .  .         1  1  1  .  .  .        1  1  1  .  .  .
+        x2       .  .  1  1  .  .         1  1  1  1  .  .        .  .  .  1  .  .
+        x3       .  .  1  1  1  .         1  1  1  1  1  .        .  .  .  1  1  .
+        G1       .  .  1  1  1  1         1  1  1  1  1  1        .  .  .  1  1  1
+
+    gist share = (none - gist) / (none - full), cross entropies of the chunks that have earlier ones
+
+Self phase: after every true prefix the learner p writes own spans y (the likeliest M tokens v, or M samples); the
+critic reads each, and the true span x, in that prefix, and gives their gists g. With d the distance of two gists:
+
+    logscore    -sum_w K(x, w) log sum_v p_v K(v, w),  K(v, w) = softmax_w(-d^2(v, w) / tau)        proper
+    energy      E d(y, x) - E d(y, y') / 2                                                         proper
+    plain       E d(y, x)                                       lowest on the most typical text: improper
+
+No gradient reaches the gist of the truth. "None of these M" is an outcome of its own in the first path (`exact`).
+"""
+import copy
+import math
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.func import functional_call
+
+from configurator import chosen_arms, configure, read_meta_phase, refuse
+from model import GIST, GPT, TRUE, GPTConfig, adamw, bottleneck_mask, sample_tokens
+from plot import draw_runs
+from prepare_data import corpus_id, decode, get_batch, open_corpus, prepare, val_windows
+from watch import MEMORY, STREAMS, Gold, Watch, new_track, summarise, track_gold, write_report
+
+# --- experiment
+arms = "real,frozen,shuffled,static,random"  # any of self, frozen, ema, real, shuffled, sharpen, static, random
+controls = "full,none"  # masks that the meta phase trains beside gist: any of full, none, pool, with commas
+meta_steps = 500        # steps of cross entropy, for each mask
+self_steps = 250        # steps of each arm, on the distance of gists
+hack_margin = 0.1       # nats above the best gold, three evaluations running, that count as hacked
+# --- gists
+chunk = 4               # text tokens in a chunk
+n_gist = 1              # gist tokens of each
+place = "end"           # "end" | "spread": all at the chunk's end, or gist j after span j of it
+reconstruct = 0.0       # weight of a loss for writing the chunk again from its gists alone
+rank = 0                # principal directions of the gists that are kept; 0 is all
+# --- signal
+span = 1                # own tokens after each true prefix; with span = chunk every chunk is written anew
+every = 1               # own spans begin after every so many prefixes, others at each step
+candidates = 8          # own spans at each prefix: the likeliest tokens, or samples
+path = "exact"          # "exact" | "reinforce" | "straight_through" | "soft": how the gradient reaches own tokens
+distance = "logscore"   # "logscore" | "energy" | "plain": the loss over distances, see above
+tau = 0.1               # what counts as alike, where two own spans at one prefix are at d^2 = 1 on average
+ema_decay = 0.999       # arm ema: the critic's weights are this share old, the rest the learner's, each step
+# --- model
+n_layer = 3             # blocks; the gist is what enters the last one
+n_head = 4              # heads in each
+n_embd = 96             # width
+block_size = 128        # text tokens in a sequence
+# --- data
+dataset = "plays"       # plays, tinyshakespeare, fineweb-edu, or a text file or folder of your own
+vocab = 512             # tokens: 256 is plain bytes, 50257 is GPT-2's, any other a BPE trained on the corpus
+train_tokens = 0        # use only the first so many training tokens, repeated; 0 is all
+# --- optimisation
+batch_size = 8          # sequences a step, over all ranks
+learning_rate = 6e-3    # AdamW, in the meta phase, the last 30 % of which it falls to that of the self phase
+self_learning_rate = 2e-4  # in the self phase: a learner at its peak rate would gain from any signal that slows it
+warmup = 50             # steps from 0 to learning_rate, at the start of the meta phase
+grad_clip = 1.0         # largest gradient norm
+# --- run
+seed = 1                # of weights and data
+eval_interval = 25      # steps between two lines of the log
+eval_windows = 64       # held-out sequences that gold is measured on
+save_interval = 200     # steps between two checkpoints
+device = "auto"         # "auto" | "cuda" | "mps" | "cpu": auto takes the first that is there
+dtype = "float32"       # "float32" | "bfloat16" | "float64": bfloat16 is autocast over float32 weights
+compile = False         # torch.compile of the meta phase; about a minute before the first step, then faster
+out_dir = "out/gist_bottleneck"  # the run's folder; an earlier run there is moved aside
+resume = ""             # the folder of a run to go on with
+start = ""              # the folder of a run whose finished meta phase to start from, instead of one's own
+prompt = ""             # a text file: at the end, continue it from its full text and from its gists alone
+wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Biases
+
+ARMS = ("self", "frozen", "ema", "real", "shuffled", "sharpen", "static", "random")
+CONTROLS = ("full", "none", "pool")
+# Settings that the meta phase does not read: with `start`, the others must be those of the run started from.
+SELF_PHASE = ("arms", "self_steps", "hack_margin", "rank", "span", "every", "candidates", "path", "distance", "tau", "ema_decay",
+              "eval_interval", "eval_windows", "save_interval", "device", "compile", "out_dir", "resume", "start",
+              "prompt", "wandb_log")
+# Independent streams of data and of random numbers.
+TEXT, FOREIGN, CHANCE, RULER, PROBE, TABLE = range(6)
+RULER_STEPS = 120  # steps on which the watch is calibrated, at least 100
+
+
+# ----------------------------------------------------------------------------------------------
+# chunks and gists
+
+class Layout(NamedTuple):
+    """Text of T tokens with the gist tokens in their places, L in all."""
+    template: torch.Tensor  # int [L], the ids of the gist tokens, 0 where text goes
+    chunk: torch.Tensor     # int [L], which chunk
+    pos: torch.Tensor       # int [L], positions; a gist has that of the text token before it
+    text: torch.Tensor      # int [T], where the text stands
+    gists: torch.Tensor     # int [T / chunk, n_gist], where each chunk's gists stand
+    mask: dict              # how: bool [L, L], see `bottleneck_mask`
+    blend: torch.Tensor     # float [L, L], for "pool": what stands at a gist becomes the mean of its chunk's text
+
+
+def layout(length, where, dtype=torch.float32):
+    """The Layout of `length` text tokens, whole chunks, on the device `where`."""
+    ends = {chunk if place == "end" else (j + 1) * chunk // n_gist for j in range(n_gist)}
+    kind, ids, pos = [], [], []
+    for t in range(length):
+        kind, ids, pos = kind + [TRUE], ids + [0], pos + [t]
+        for j in range(n_gist):
+            if t % chunk + 1 == (chunk if place == "end" else (j + 1) * chunk // n_gist):
+                kind, ids, pos = kind + [GIST], ids + [vocab + j], pos + [t]
+    kind, ids, pos = (torch.tensor(values, device=where) for values in (kind, ids, pos))
+    which, is_gist = pos // chunk, kind == GIST
+    blend = torch.eye(len(pos), device=where, dtype=dtype)
+    blend[is_gist] = ((which[:, None] == which) & ~is_gist)[is_gist].to(dtype) / chunk
+    return Layout(ids, which, pos, (~is_gist).nonzero()[:, 0], is_gist.nonzero()[:, 0].view(-1, n_gist),
+                  {how: bottleneck_mask(which, kind, how) for how in ("gist", *CONTROLS)}, blend)
+
+
+def read(model, lay, x, how="gist", **options):
+    """The model's forward over text x, int [B, T], laid out with its gists: logits [B, T, V] at the text."""
+    tokens = lay.template.repeat(len(x), 1)
+    tokens[:, lay.text] = x
+    options.setdefault("read", lay.text)
+    return model(tokens, lay.pos, lay.mask[how], blend=lay.blend if how == "pool" else None, **options)
+
+
+def rewriting_loss(model, lay, x, cache):
+    """Cross entropy of each chunk of x written again by one that sees its gists alone, through the cache; nats a token.
+
+    A branch for each chunk reads [WRITE, x_0 ... x_c-2] at the chunk's positions and predicts x_0 ... x_c-1.
+    """
+    B, T = x.shape
+    chunks = x.view(B, T // chunk, chunk)
+    start = torch.full_like(chunks[..., :1], vocab + n_gist)  # WRITE, the last special token
+    tokens = torch.cat((start, chunks[..., :-1]), 2).unsqueeze(2)
+    pos = torch.arange(T, device=x.device).view(-1, chunk)
+    logits = model(tokens, pos, (lay.gists, torch.ones_like(lay.gists, dtype=torch.bool)), cache=dict(cache))
+    return F.cross_entropy(logits.flatten(0, 3), x.flatten())
+
+
+def bottleneck_loss(model, lay, w, how):
+    """(cross entropy of text w [B, T + 1] under a mask, plus `reconstruct` times the rewriting; the former alone)."""
+    cache = {} if reconstruct else None
+    logits = read(model, lay, w[:, :-1], how, cache=cache)
+    loss = F.cross_entropy(logits.flatten(0, 1), w[:, 1:].flatten())
+    if not reconstruct:
+        return loss, loss.detach()
+    return loss + reconstruct * rewriting_loss(model, lay, w[:, :-1], cache), loss.detach()
+
+
+@torch.no_grad()
+def later_chunks(run, model, lay, windows, how):
+    """Cross entropy of all chunks but the first, by the reading token's place in its chunk: float [chunk], nats."""
+    total = torch.zeros(chunk, device=run.device)
+    for w in windows.split(batch_size):
+        with run.autocast():
+            logits = read(model, lay, w[:, :-1], how)
+        nats = F.cross_entropy(logits.flatten(0, 1).float(), w[:, 1:].flatten(), reduction="none").view(len(w), -1, chunk)
+        total += nats[:, 1:].sum((0, 1))
+    return total / (len(windows) * (block_size // chunk - 1))
+
+
+def gist_share(nats):
+    """(share of full minus none that the gists carry, the same by place). nats: how -> float [chunk]."""
+    share = lambda a: ((a["none"] - a["gist"]) / (a["none"] - a["full"])).tolist()
+    return share({k: v.mean() for k, v in nats.items()}), share(nats)
+
+
+# ----------------------------------------------------------------------------------------------
+# the critic: from a span of text to its gist
+
+class Critic(NamedTuple):
+    """Gists of spans: of `model`, reading them in their true past, or of a `table` that knows tokens alone."""
+    model: nn.Module | None
+    table: torch.Tensor | None  # float [V, D]
+    whiten: torch.Tensor | None  # float [D, K]: principal directions, scaled
+
+
+def past_of(critic, lay, x):
+    """What the critic keeps of the true text x, int [B, T], for spans to be read after any prefix of it."""
+    cache = {}
+    if critic.model:
+        read(critic.model, lay, x, cache=cache, residual=n_layer - 1, read=lay.text[:1])
+    return cache
+
+
+def near_past(lay, starts):
+    """(near, sees), int and bool [N, S]: what a token at each of the N starts would see before itself."""
+    at = lay.text[starts]
+    seen = lay.mask["gist"][at] & (torch.arange(len(lay.pos), device=at.device) < at[:, None])
+    near = seen.byte().argsort(dim=1, descending=True, stable=True)[:, :seen.sum(1).max()]
+    return near, seen.gather(1, near)
+
+
+def gists(critic, lay, past, starts, spans):
+    """float [B, N, M, K]: the gists of M spans at each of N starts.
+
+    spans: tokens, int [B, N, M, s], or with soft tokens their embeddings [B, N, M, s, C]. A branch for each span reads
+    it and the gist tokens behind it, in the true past before its start; only the gist tokens are read out.
+    """
+    B, N, M, s = spans.shape[:4]
+    if critic.table is not None:
+        g = critic.table[spans].flatten(3)
+    else:
+        ids = torch.arange(vocab, vocab + n_gist, device=spans.device).expand(B, N, M, n_gist)
+        if spans.is_floating_point():
+            ids = critic.model.embed(ids)
+        offset = torch.cat((torch.arange(s), torch.full((n_gist,), s - 1))).to(spans.device)
+        g = critic.model(torch.cat((spans, ids), 3), starts[:, None] + offset, near_past(lay, starts),
+                         read=slice(s, None), cache=dict(past), residual=n_layer - 1).flatten(3)
+    return g.float() if critic.whiten is None else g.float() @ critic.whiten
+
+
+def squared_distances(g):
+    """float [..., M, M] of the gists g [..., M, K], as |a|^2 + |b|^2 - 2 <a, b>."""
+    inner = g @ g.transpose(-2, -1)
+    squares = inner.diagonal(dim1=-2, dim2=-1)
+    return (squares.unsqueeze(-1) + squares.unsqueeze(-2) - 2 * inner).clamp_min(0)
+
+
+def effective_rank(values):
+    """exp of the entropy of eigenvalues [K] as shares: how many directions they fill."""
+    share = values.clamp_min(0) / values.sum()
+    return torch.special.entr(share).sum().exp().item()
+
+
+def whitening(run, g, keep):
+    """(matrix [D, K], effective rank): whitens how gists g [B, N, M, D] of one prefix differ, on the `keep` largest
+    directions (0: all), and scales such that two of them are at squared distance 1 on average."""
+    off = (g - g.mean(2, keepdim=True)).flatten(0, 2)
+    covariance = off.T @ off / len(off)
+    run.average([covariance])
+    values, vectors = torch.linalg.eigh(covariance)
+    kept = values > 1e-5 * values[-1]
+    kept &= torch.arange(len(values), device=g.device) >= len(values) - (keep or len(values))
+    M = g.size(2)
+    return vectors[:, kept] / (2 * M / (M - 1) * kept.sum() * values[kept]).sqrt(), effective_rank(values)
+
+
+# ----------------------------------------------------------------------------------------------
+# the signal
+
+def starts_of(where, step=0):
+    """int [N]: where own spans begin at a step: after every true prefix from which one stays in its chunk, `every`-th."""
+    t = torch.arange(1, block_size, device=where)
+    t = t[t % chunk + span <= chunk]
+    return t[step % every::every]
+
+
+def observed(x, starts):
+    """The true spans at the starts, int [B, N, span], of text x [B, T]."""
+    return x[:, starts[:, None] + torch.arange(span, device=x.device)]
+
+
+def kernel(d2):
+    """K [..., M, M] = softmax over w of -d^2(v, w) / tau."""
+    return (-d2 / tau).softmax(-1)
+
+
+def target_mass(d2):
+    """What the critic takes the truth for: float [..., M + 1] over M own spans and none of them.
+
+    d2: [..., M + 1, M + 1], the truth last. The row of the kernel of the own span whose gist is the truth's, or none.
+    """
+    nearest, which = d2[..., -1, :-1].min(-1)
+    row = kernel(d2[..., :-1, :-1]).gather(-2, which[..., None, None].expand(*which.shape, 1, d2.size(-1) - 1))[..., 0, :]
+    met = (nearest < 1e-4).unsqueeze(-1)
+    return torch.cat((row * met, (~met).to(row.dtype)), -1)
+
+
+def exact_loss(logp, d2):
+    """The distance in expectation over own spans v and "none", with log probabilities [..., M + 1]; d2: as above."""
+    p = logp.exp()
+    if distance == "logscore":
+        said = (p[..., :-1, None] * kernel(d2[..., :-1, :-1])).sum(-2)
+        said = torch.cat((said.clamp_min(1e-12).log(), logp[..., -1:]), -1)
+        return -(target_mass(d2) * said).sum(-1)
+    d = (d2 + 1e-12).sqrt()
+    d = torch.cat((d[..., :-1], torch.ones_like(d[..., :1])), -1)  # "none" is as far as two own spans are on average
+    own = torch.cat((d[..., :-1, :-1], torch.ones_like(d[..., :-1, :1])), -1)
+    own = torch.cat((own, torch.ones_like(own[..., :1, :])), -2)
+    return (p * d[..., -1, :]).sum(-1) - (0.5 * (p[..., None] * p[..., None, :] * own).sum((-1, -2))
+                                          if distance == "energy" else 0)
+
+
+def sampled_loss(d2):
+    """(loss [...], weights [..., M] of the score function) of M sampled own spans; d2: [..., M + 1, M + 1].
+
+    The gradient of the loss is the mean of weight_r d log p(y_r): the weight of a sample is what it adds to the loss,
+    less what the others say about its place (so no constant is learned).
+    """
+    M = d2.size(-1) - 1
+    if distance == "logscore":
+        loss = math.log(M) - (-d2[..., -1, :-1] / tau).logsumexp(-1)
+        return loss, 1 - M * (-d2[..., -1, :-1] / tau).softmax(-1)
+    d = (d2 + 1e-12).sqrt()
+    to_truth, others = d[..., -1, :-1], d[..., :-1, :-1].sum(-1) / (M - 1)
+    weight = to_truth - others if distance == "energy" else to_truth
+    loss = (to_truth - others / 2 if distance == "energy" else to_truth).mean(-1)
+    return loss, weight - (weight.sum(-1, keepdim=True) - weight) / (M - 1)
+
+
+def likeliest(logits):
+    """(own tokens [B, N, M, 1], log probabilities [B, N, M + 1], "none" last) of logits [B, N, V]."""
+    top, which = logits.log_softmax(-1).topk(candidates)
+    rest = torch.log1p(-top.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
+    return which.unsqueeze(-1), torch.cat((top, rest), -1)
+
+
+def write_spans(learner, lay, past, logits, starts, u):
+    """(own spans, int [B, N, M, span], sampled; their log probabilities [B, N, M]). u: uniform [B, N, M, span]."""
+    near, grown = near_past(lay, starts), {k: (v[0].detach(), v[1].detach()) for k, v in past.items()}
+    with torch.no_grad():
+        said = logits.unsqueeze(2).expand(-1, -1, u.size(2), -1)
+        spans = [sample_tokens(said, u[..., 0])]
+        for j in range(1, span):
+            said = learner(spans[-1].unsqueeze(3), starts[:, None] + j - 1, near, cache=grown).squeeze(3)
+            spans.append(sample_tokens(said, u[..., j]))
+    spans = torch.stack(spans, 3)
+    logp = logits.log_softmax(-1).gather(-1, spans[..., 0])
+    if span > 1:
+        said = learner(spans[..., :-1], starts[:, None] + torch.arange(span - 1, device=u.device), near, cache=dict(past))
+        logp = logp + said.log_softmax(-1).gather(-1, spans[..., 1:, None]).squeeze(-1).sum(-1)
+    return spans, logp
+
+
+def soft_gists(critic, lay, past, starts, logits, u):
+    """(own tokens [B, N, M, 1], gists [B, N, M, K] through which a gradient reaches the logits [B, N, V]).
+
+    "soft": the mean embedding, M = 1. "straight_through": the embedding of a sample, with the gradient of the mean.
+    """
+    p, M = logits.softmax(-1), 1 if path == "soft" else u.size(2)
+    own = sample_tokens(logits.unsqueeze(2).expand(-1, -1, M, -1), u[:, :, :M, 0])
+    weights = p.unsqueeze(2).expand(-1, -1, M, -1)
+    if path == "straight_through":
+        weights = weights + (F.one_hot(own, vocab) - weights).detach()
+    table = critic.table if critic.model is None else critic.model.embed.weight[:vocab].detach()
+    mixed = (weights @ table).unsqueeze(3)
+    if critic.model is None:
+        return own.unsqueeze(-1), mixed.flatten(3) @ critic.whiten
+    fixed = {n: t.detach() for n, t in critic.model.named_parameters()}  # the critic is not to move towards the signal
+    through = critic._replace(model=Detached(critic.model, fixed))
+    return own.unsqueeze(-1), gists(through, lay, past, starts, mixed)
+
+
+class Detached:
+    """A GPT with other parameters in its place, callable as it is."""
+    def __init__(self, model, parameters):
+        self.model, self.parameters = model, parameters
+
+    def embed(self, ids):
+        return self.parameters["embed.weight"][ids]
+
+    def __call__(self, *arguments, **options):
+        return functional_call(self.model, self.parameters, arguments, options)
+
+
+def self_loss(arm, step, learner, critic, lay, w, foreign, u, tally=None):
+    """Distance of own and true gists, in mean over prefixes: what an arm trains on. No real token is a target.
+
+    w: text [B, T + 1]. foreign: another text, whose tokens the critic reads as the observation in the arm shuffled. In
+    the arm sharpen it reads what the learner itself is likeliest to say. u: uniform numbers [B, T, M, span].
+    """
+    x, past = w[:, :-1], {}
+    logits = read(learner, lay, x, cache=past)
+    starts = starts_of(x.device, step)
+    said, u = logits[:, starts - 1], u[:, starts]
+    seen = observed(foreign if arm == "shuffled" else x, starts)
+    with torch.no_grad():
+        world = past_of(critic, lay, x)
+    if path == "exact":
+        own, logp = likeliest(said)
+    elif path == "reinforce":
+        own, logp = write_spans(learner, lay, past, said, starts, u)
+    else:
+        own, own_gists = soft_gists(critic, lay, world, starts, said, u)
+    seen = said.argmax(-1)[..., None] if arm == "sharpen" else seen
+    with torch.no_grad():
+        g = gists(critic, lay, world, starts, torch.cat((own, seen.unsqueeze(2)), 2))
+    d2 = squared_distances(g)
+    if path == "exact":
+        loss = exact_loss(logp, d2).mean()
+    elif path == "reinforce":
+        value, weight = sampled_loss(d2)
+        loss = (weight * logp).mean()
+        loss = loss + (value.mean() - loss).detach()
+    else:
+        loss = soft_loss(torch.cat((own_gists, g[:, :, -1:]), 2))
+    if tally is not None:
+        note(tally, loss, logits, x, own, d2, observed(x, starts), said)
+    return loss
+
+
+def soft_loss(g):
+    """The distance over M own gists and the truth's, last in g [..., M + 1, K], through which the gradient goes."""
+    d = (squared_distances(g) + 1e-12).sqrt()
+    M = d.size(-1) - 1
+    loss = d[..., -1, :-1].mean()
+    return loss - 0.5 * d[..., :-1, :-1].sum((-1, -2)).mean() / (M * (M - 1)) if distance == "energy" else loss
+
+
+# ----------------------------------------------------------------------------------------------
+# data
+
+def text(run, corpus, step, stream=TEXT):
+    """This rank's rows of a step's text, int [B / ranks, T + 1]."""
+    tokens = corpus.train[:train_tokens] if train_tokens else corpus.train
+    return get_batch(tokens, seed, step, batch_size, block_size + 1, run.rank, run.ranks, stream).to(run.device)
+
+
+def chance(run, step):
+    """This rank's uniform numbers to sample own spans with, [B / ranks, T, candidates, span], a function of the step."""
+    share, shape = batch_size // run.ranks, (batch_size, block_size, candidates, span)
+    if path == "exact":
+        return torch.zeros(share, block_size, 1, 1, device=run.device)  # nothing is drawn
+    numbers = np.random.default_rng([seed, CHANCE, step]).random(shape, dtype=np.float32)
+    return torch.from_numpy(numbers[run.rank * share:(run.rank + 1) * share]).to(run.device)
+
+
+def stored_probe(run, corpus):
+    """(x, noisy, other), int [4, T] each: held-out text, the same with a tenth of its tokens wrong, and wrong tokens."""
+    x = val_windows(corpus.val, 4, block_size)
+    rng = np.random.default_rng([seed, PROBE])
+    other = torch.from_numpy(rng.permuted(x.numpy(), axis=1))
+    noisy = torch.where(torch.from_numpy(rng.random(tuple(x.shape)) < 0.1), other, x)
+    return tuple(t.to(run.device) for t in (x, noisy, other))
+
+
+@torch.no_grad()
+def examine(run, critic, lay, probe):
+    """How the critic stands on the stored probe: {agreement_probe, gist_std, gist_rank}.
+
+    agreement_probe: share of spans whose gist, read after a past with wrong tokens in it, is nearer to that of the same
+    span after the true past than to that of another span. gist_std, gist_rank: standard deviation over texts, in mean
+    over directions, and effective rank of the gists before whitening. A collapse shows in all three.
+    """
+    x, noisy, other = probe
+    starts = starts_of(run.device)
+    with run.autocast():
+        both = torch.stack((observed(x, starts), observed(other, starts)), 2)
+        clean = gists(critic, lay, past_of(critic, lay, x), starts, both)
+        rough = gists(critic, lay, past_of(critic, lay, noisy), starts, both[:, :, :1])
+        raw = gists(critic._replace(whiten=None), lay, past_of(critic, lay, x), starts, both[:, :, :1]).flatten(0, 2)
+    d2 = (clean - rough).square().sum(-1)
+    differ = (both[:, :, 0] != both[:, :, 1]).any(-1)
+    values = torch.linalg.eigvalsh(raw.T.cov()).float()
+    return dict(agreement_probe=(d2[..., 0] < d2[..., 1])[differ].float().mean().item(),
+                gist_std=raw.std(0).mean().item(), gist_rank=effective_rank(values))
+
+
+# ----------------------------------------------------------------------------------------------
+# steps
+
+@torch.no_grad()
+def note(tally, loss, logits, x, own, d2, truth, said):
+    """Adds a step to what the next line of the log will average, without waiting for the device.
+
+    agreement: how much of the critic's target falls on the observation, where that is among the own spans; echo: how
+    much on the likeliest own one; outside: how much on none of them.
+    """
+    logp = logits.log_softmax(-1)
+    surprise = -logp[:, :-1].gather(-1, x[:, 1:, None]).mean()
+    entropy = -(logp.exp() * logp).sum(-1).mean()
+    means = dict(steps=torch.ones_like(surprise), loss=loss.detach(), surprise=surprise, output_entropy=entropy)
+    agreement = torch.ones_like(surprise)
+    if own is not None:
+        target = target_mass(d2)
+        among = (own == truth.unsqueeze(2)).all(-1)
+        agreement = (target[..., :-1] * among).sum() / among.any(-1).sum().clamp_min(1)
+        first = (own == said.argmax(-1)[..., None, None]).all(-1) if span == 1 else torch.zeros_like(among)
+        means.update(echo=(target[..., :-1] * first).sum(-1).mean(), outside=target[..., -1].mean(),
+                     target_entropy=torch.special.entr(target).sum(-1).mean())
+    means["agreement"] = agreement
+    for name, value in means.items():
+        tally[name] = tally.get(name, 0) + value
+    stream = torch.stack((surprise, agreement, entropy)).float()[None]
+    tally["stream"] = torch.cat((tally["stream"], stream)) if "stream" in tally else stream
+
+
+def set_rate(optimizer, step):
+    """The rate of a step of the meta phase: warm-up, plateau, and a last 30 % that falls to the self phase's."""
+    left = min(1.0, (meta_steps - step) / (0.3 * meta_steps))
+    rate = self_learning_rate + (learning_rate - self_learning_rate) * left
+    for group in optimizer.param_groups:
+        group["lr"] = rate * min(1.0, (step + 1) / max(1, warmup))
+
+
+def take_step(run, model, optimizer, loss, tally=None):
+    """Backward, average over ranks, clip, step."""
+    loss.backward()
+    params = [p for p in model.parameters() if p.grad is not None]
+    run.average([p.grad for p in params])
+    norm = torch.nn.utils.clip_grad_norm_(params, grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if tally is not None:
+        tally["grad_norm"] = tally.get("grad_norm", 0) + norm
+
+
+@torch.no_grad()
+def follow(judge, learner):
+    """The moving average: critic <- ema_decay * critic + (1 - ema_decay) * learner."""
+    torch._foreach_lerp_(list(judge.parameters()), list(learner.parameters()), 1 - ema_decay)
+
+
+@torch.no_grad()
+def make_critics(run, corpus, lay, learner, judge):
+    """(the Critics of the arms by kind, their effective rank before whitening): contextual, static and random ones.
+
+    static: the learner's token embeddings. random: as many random numbers for each token as the gists keep directions.
+    What the learner's own spans at fresh prefixes differ in sets the scale of each.
+    """
+    x = text(run, corpus, 0, RULER)[:, :-1]
+    past, starts, u = {}, starts_of(run.device), chance(run, 0)
+    logits = read(learner, lay, x, cache=past)[:, starts - 1]
+    own = likeliest(logits)[0] if path == "exact" else write_spans(learner, lay, past, logits, starts, u[:, starts])[0]
+
+    def whitened(critic, keep):
+        matrix, found = whitening(run, gists(critic, lay, past_of(critic, lay, x), starts, own), keep)
+        return critic._replace(whiten=matrix), found
+
+    contextual, found = whitened(Critic(judge, None, None), rank)
+    K = contextual.whiten.size(1)
+    numbers = np.random.default_rng([seed, TABLE]).standard_normal((vocab, max(1, round(K / span))), dtype=np.float32)
+    static = F.normalize(judge.embed.weight[:vocab].detach().float(), dim=-1)
+    return dict(contextual=contextual, static=whitened(Critic(None, static, None), rank)[0],
+                random=whitened(Critic(None, torch.from_numpy(numbers).to(run.device), None), 0)[0]), found
+
+
+@torch.no_grad()
+def calibrate(run, corpus, lay, learner, critic, watch, probe):
+    """Shows the watch what is healthy: the streams on fresh text at the end of the meta phase, where nothing moves."""
+    tally = {}
+    for step in range(1, RULER_STEPS + 1):
+        w = text(run, corpus, step, RULER)
+        with run.autocast():
+            self_loss("frozen", step, learner, critic, lay, w, None, chance(run, step), tally)
+    run.average([tally["stream"]])
+    watch.calibrate(tally["stream"].cpu().numpy(), batch_size * block_size,
+                    examine(run, critic, lay, probe)["agreement_probe"], probe[0].numel())
+
+
+# ----------------------------------------------------------------------------------------------
+# the report
+
+def write_row(run, arm, step, steps, tally, learner, critic, lay, gold, probe, optimizer, real_targets, **more):
+    """Logs and shows where the arm stands. Empties the tally; returns the row and the streams of the steps since."""
+    run.average(list(tally.values()))
+    n = tally["steps"].item() if tally else 0
+    mean = {k: (v / n).item() for k, v in tally.items() if v.dim() == 0}
+    nats, bpb = gold(lambda x: read(learner, lay, x))
+    total = step + (meta_steps if arm != "meta" else 0)
+    row = dict(stage=run.stage, arm=arm, step=step, tokens=total * batch_size * block_size, proxy=mean.get("loss"),
+               gold_nats=nats, gold_bpb=bpb, lr=optimizer.param_groups[0]["lr"],
+               **{k: mean.get(k) for k in ("grad_norm", "surprise", "agreement", "echo", "outside", "target_entropy",
+                                           "output_entropy")},
+               **(examine(run, critic, lay, probe) if critic else {}), **more,
+               real_targets=real_targets, tok_per_s=run.speed(n * batch_size * block_size))
+    run.log(row)
+    run.show(row, steps)
+    stream = tally.get("stream")
+    tally.clear()
+    return row, stream
+
+
+@torch.no_grad()
+def judge_texts(run, lay, learner, critic, w, arm):
+    """(own spans, the critic's heaviest target of each start or None, agreement) on text w, as the report shows them."""
+    tally, x, past, starts = {}, w[:, :-1], {}, starts_of(run.device)
+    said = read(learner, lay, x, cache=past)[:, starts - 1]
+    own = (likeliest(said)[0] if path == "exact"
+           else write_spans(learner, lay, past, said, starts, chance(run, 0)[:, starts])[0])
+    truth = observed(x, starts)
+    seen = said.argmax(-1)[..., None] if arm == "sharpen" else truth.roll(1, 0) if arm == "shuffled" else truth
+    g = gists(critic, lay, past_of(critic, lay, x), starts, torch.cat((own, seen.unsqueeze(2)), 2))
+    mass = target_mass(squared_distances(g))
+    among = (own == truth.unsqueeze(2)).all(-1)
+    share = run.mean((mass[..., :-1] * among).sum() / among.any(-1).sum().clamp_min(1))
+    apart = ((starts - 1) % span == 0).nonzero()[:, 0] if span < chunk else torch.arange(len(starts), device=run.device)
+    heaviest = mass.argmax(-1)[0, apart].tolist()
+    named = [t for i, h in zip(apart.tolist(), heaviest)
+             for t in (own[0, i, h].tolist() if h < own.size(2) else [None] * span)]
+    return own[0, apart, 0].flatten().tolist(), named, truth[0, apart].flatten().tolist(), share
+
+
+@torch.no_grad()
+def report(run, arm, step, why, watch, learner, critic, snapshot, lay, corpus, row):
+    """hacks/NNN.md: the critic of now and of the snapshot, on the own spans of now and of the snapshot, on new text.
+
+    Returns what the summary keeps: {"step", "why", "changed", "judged"}.
+    """
+    w = text(run, corpus, meta_steps + step)
+    old = Detached(learner, snapshot["learner"])
+    learners = dict(then=old, now=learner)
+    judges = dict(then=critic._replace(model=old if critic.model else None), now=critic)
+    seen = {(c, o): judge_texts(run, lay, learners[o], judges[c], w, arm) for c in judges for o in learners}
+    judged = {key: value[3] for key, value in seen.items()}
+    if run.first:
+        texts = {when: (seen[k, k][0], seen[k, k][2], seen[k, k][1])
+                 for when, k in (("before: the snapshot", "then"), ("after: now", "now"))}
+        shares = {name: row[k] for name, k in (
+            ("target mass on the observation", "agreement"), ("target mass on the own likeliest token", "echo"),
+            ("target mass on none of the own spans", "outside"), ("entropy of the targets (nats)", "target_entropy"),
+            ("entropy of the output (nats)", "output_entropy"), ("standard deviation of the gists", "gist_std"),
+            ("effective rank of the gists", "gist_rank"), ("gold (nats)", "gold_nats")) if row.get(k) is not None}
+        write_report(run, arm, step, why, watch.order(), judged, texts, shares, corpus.encoding)
+    return dict(step=step, why=why if why == "gold" else "+".join(why), changed=[list(c) for c in watch.order()],
+                judged={f"{c} on {o}": round(value, 4) for (c, o), value in judged.items()})
+
+
+@torch.no_grad()
+def chunk_gists(model, lay, tokens):
+    """(float [n, n_gist C] the gists of every chunk, int [n, chunk] the chunks) of text, int [m]; whole blocks of it."""
+    x = tokens[:len(tokens) // block_size * block_size].view(-1, block_size)
+    found = [read(model, lay, part, residual=n_layer - 1, read=lay.gists.flatten()).view(-1, n_gist * n_embd)
+             for part in x.split(batch_size)]
+    return torch.cat(found), x.reshape(-1, chunk)
+
+
+@torch.no_grad()
+def write_neighbours(run, model, lay, corpus, queries=4, among=200_000):
+    """samples.txt: the chunks of the training text nearest to held-out ones, by gist (cosine) and by bag of tokens."""
+    load = lambda tokens, n: torch.from_numpy(tokens[:n].astype(np.int64)).to(run.device)
+    g, chunks = chunk_gists(model, lay, load(corpus.train, among))
+    asked, texts = chunk_gists(model, lay, load(corpus.val, 40 * block_size))
+    centre = g.mean(0)
+    g, asked = F.normalize(g - centre, dim=-1), F.normalize(asked - centre, dim=-1)
+    bag = lambda c: F.normalize(torch.zeros(len(c), vocab, device=c.device).scatter_add_(
+        1, c, torch.ones_like(c, dtype=torch.float32)), dim=-1)
+    show = lambda c: repr(decode(corpus.encoding, c.tolist()))
+    run.sample("==== nearest chunks of the training text\n")
+    for i in range(block_size // chunk - 1, len(asked), len(asked) // queries):
+        lines = [f"chunk    {show(texts[i])}"]
+        for name, likeness in (("by gist", asked[i] @ g.T), ("by bag", bag(texts[i:i + 1])[0] @ bag(chunks).T)):
+            lines.append(f"{name:<8} " + "  ".join(show(chunks[k]) for k in likeness.topk(4).indices.tolist()))
+        run.sample("\n".join(lines) + "\n\n")
+
+
+@torch.no_grad()
+def go_on(run, model, how, ids, steps):
+    """(own tokens [steps], seconds a token, keys and values kept in a layer) of the text ids, int [P], continued greedily.
+
+    Of a finished chunk how = "gist" keeps the keys and values of its gists alone, "full" keeps all.
+    """
+    def kept():
+        return next(iter(cache.values()))[0].size(2) if cache else 0
+
+    def forget(tokens):
+        """Drops the last `tokens` in the cache but for the gists among them, whole chunks."""
+        lay = layout(tokens * chunk // (chunk + n_gist), run.device)
+        stay = torch.cat((torch.arange(kept() - tokens, device=run.device), kept() - tokens + lay.gists.flatten()))
+        return {k: (a[:, :, stay], b[:, :, stay]) for k, (a, b) in cache.items()}
+
+    cache, one, written = {}, layout(chunk, run.device), []
+    whole = (len(ids) - 1) // chunk * chunk  # the rest goes token by token, as own ones do
+    if whole:
+        read(model, layout(whole, run.device), ids[None, :whole], how, cache=cache)
+        cache = forget(kept()) if how == "gist" else cache
+    began = time.time()
+    for at in range(whole, len(ids) + steps - 1):
+        token = ids[at] if at < len(ids) else written[-1]
+        first = one.text[at % chunk]
+        last = one.text[at % chunk + 1] if (at + 1) % chunk else len(one.pos)
+        tokens = one.template[first:last].clone()  # the text token, and what gists stand behind it
+        tokens[0] = token
+        n = len(tokens)
+        sees = torch.ones(n, kept() + n, dtype=torch.bool, device=run.device).tril(kept())
+        logits = model(tokens[None], torch.full((n,), at, device=run.device), sees, cache=cache, read=slice(0, 1))
+        if how == "gist" and not (at + 1) % chunk:
+            cache = forget(len(one.pos))
+        if at >= len(ids) - 1:
+            written.append(logits.argmax().item())
+    return written, (time.time() - began) / (len(ids) + steps - 1 - whole), kept()
+
+
+def write_continuations(run, models, corpus, steps=64):
+    """samples.txt and the screen: the text of the file `prompt` continued from all of it, and from its gists alone."""
+    ids = torch.tensor(corpus.encoding.encode_ordinary(Path(prompt).read_text()), device=run.device)
+    run.sample(f"==== {prompt} goes on\n")
+    for how in ("full", "gist"):
+        written, seconds, kept = go_on(run, models[how], how, ids, steps)
+        line = (f"{how}: keys and values of {kept} tokens kept for {len(ids) + steps} read, {1e3 * seconds:.2f} ms a "
+                f"token\n{decode(corpus.encoding, written)!r}")
+        run.say(line)
+        run.sample(line + "\n\n")
+
+
+# ----------------------------------------------------------------------------------------------
+# the run
+
+def check():
+    """(arms, masks by name). Refuses settings that cannot be."""
+    names = chosen_arms(arms, ARMS)
+    masks = [m for m in controls.replace(" ", "").split(",") if m]
+    for name in masks:
+        if name not in CONTROLS:
+            refuse(f"controls={controls!r}: {name!r} is not one of {', '.join(CONTROLS)}")
+    if chunk < 1 or block_size % chunk:
+        refuse(f"chunk={chunk} does not divide block_size={block_size} into whole chunks")
+    if block_size < 2 * chunk:
+        refuse(f"block_size={block_size} must hold two chunks of chunk={chunk} or more: the first has no earlier one")
+    if not 1 <= n_gist <= chunk:
+        refuse(f"n_gist={n_gist} must be from 1 to chunk={chunk}: more gists than text compress nothing")
+    if not 1 <= span <= chunk:
+        refuse(f"span={span} must be from 1 to chunk={chunk}")
+    if n_layer < 2:
+        refuse(f"n_layer={n_layer} must be 2 or more: the gist is what enters the last block")
+    if not 1 <= every <= block_size // 2:
+        refuse(f"every={every} must be from 1 to {block_size // 2}")
+    if span > 1 and path != "reinforce":
+        refuse(f"path={path!r} knows single own tokens; with span={span} use --path=reinforce")
+    if path == "soft" and distance != "plain":
+        refuse(f"distance={distance!r} needs several own spans, and path='soft' has one mean of all; use "
+               "--distance=plain or --path=straight_through")
+    if path == "straight_through" and distance == "logscore":
+        refuse("distance='logscore' goes with path='exact' or 'reinforce'; use --distance=energy")
+    if not 2 <= candidates <= (vocab - 1 if path == "exact" else 10**6):
+        refuse(f"candidates={candidates} must be 2 or more" + (f", and below vocab={vocab}" if path == "exact" else ""))
+    if not tau > 0:
+        refuse(f"tau={tau} must be above 0")
+    if ema_decay >= 1:
+        refuse(f"ema_decay={ema_decay} must be below 1: it is the share of the old weights that stays")
+    if rank > n_gist * n_embd:
+        refuse(f"rank={rank} must be at most n_gist * n_embd = {n_gist * n_embd}")
+    if prompt and not (Path(prompt).is_file() and Path(prompt).stat().st_size):
+        refuse(f"prompt={prompt!r} is no file with text in it")
+    if prompt and "full" not in masks:
+        refuse(f"prompt={prompt!r} needs full among controls={controls!r}: it continues from full context too")
+    return names, ["gist", *masks]
+
+
+def main():
+    run = configure(globals())
+    names, masks = check()
+    names = run.arms_to_go(names, ARMS)
+    if run.local_rank == 0:
+        prepare(dataset, vocab)
+    run.barrier()
+    corpus = open_corpus(dataset, vocab)
+    for split, tokens in (("train", corpus.train[:train_tokens or None]), ("validation", corpus.val)):
+        if len(tokens) <= block_size:
+            refuse(f"block_size={block_size} must be below the {len(tokens)} tokens of the {split} split")
+
+    lay = layout(block_size, run.device, run.weight_dtype)
+    models, optimizers = {}, {}
+    for how in masks:
+        torch.manual_seed(seed)
+        models[how] = GPT(GPTConfig(vocab, n_gist + 1, n_layer, n_head, n_embd)).to(run.device, run.weight_dtype)
+        optimizers[how] = adamw(models[how], learning_rate)
+    learner, optimizer, watch = models["gist"], optimizers["gist"], Watch()
+    judge = copy.deepcopy(learner)
+    parts = dict(learner=learner, judge=judge, optimizer=optimizer, watch=watch)
+    meta_parts = {**parts, **{f"model_{how}": models[how] for how in masks},
+                  **{f"optimizer_{how}": optimizers[how] for how in masks}}
+    at = dict(arm="meta", step=0, track=new_track(), arms={}, meta=None, snapshot=None, real_targets=0,
+              corpus=corpus_id(corpus))
+    tally = {}
+    if run.resumed:
+        if run.resumed["corpus"] != at["corpus"]:
+            refuse(f"{corpus.folder} holds another corpus or tokenizer than the one that {run.out_dir} was begun with")
+        run.restore(at, tally, **(meta_parts if run.resumed["arm"] == "meta" else parts))
+    elif start:
+        at["meta"], at["snapshot"] = read_meta_phase(start, run.stage, run.device, run.settings, SELF_PHASE,
+                                                     at["corpus"])
+        at["arm"] = "start"
+    if compile:
+        for model in models.values():
+            model.compile()
+    windows = val_windows(corpus.val, eval_windows, block_size + 1)
+    gold = Gold(windows, corpus.token_bytes, run, max(1, batch_size // run.ranks))
+    probe = stored_probe(run, corpus)
+    size = sum(p.numel() * p.element_size() for p in learner.parameters())
+    run.open(need_bytes=2 * (6 + 5 * len(masks)) * size)
+
+    # ---- meta phase: cross entropy through the bottleneck, and through the masks of the controls
+    if at["arm"] == "meta":
+        run.start_clock(at["step"])
+        for step in range(at["step"], meta_steps + 1):
+            run.checkpoint(step, at, tally, **meta_parts)
+            for opt in optimizers.values():
+                set_rate(opt, step)
+            if step % eval_interval == 0 or step == meta_steps:
+                others = {f"gold_{how}": gold(lambda x: read(models[how], lay, x, how))[0] for how in masks[1:]}
+                row, _ = write_row(run, "meta", step, meta_steps, tally, learner, Critic(learner, None, None), lay, gold,
+                                   probe, optimizer, 0, **others)
+                track_gold(at["track"], row, hack_margin)
+            if step == meta_steps:
+                break
+            w = text(run, corpus, step)
+            for how in masks:
+                with run.autocast():
+                    loss, nats = bottleneck_loss(models[how], lay, w, how)
+                take_step(run, models[how], optimizers[how], loss, tally if how == "gist" else None)
+                if how == "gist":
+                    tally["steps"], tally["loss"] = tally.get("steps", 0) + 1 + 0 * nats, tally.get("loss", 0) + nats
+        nats = {how: later_chunks(run, models[how], lay, windows.to(run.device), how) for how in masks}
+        at["meta"] = dict(at["track"], later={how: v.mean().item() for how, v in nats.items()})
+        if {"full", "none"} <= set(masks):
+            at["meta"]["gist_share"], at["meta"]["gist_share_by_place"] = gist_share(nats)
+            run.say("cross entropy of later chunks: " + ", ".join(f"{k} {v:.3f}" for k, v in at["meta"]["later"].items())
+                    + f"; the gists carry {at['meta']['gist_share']:.0%} of full minus none, by place in the chunk "
+                    + ", ".join(f"{v:.0%}" for v in at["meta"]["gist_share_by_place"]))
+        at["snapshot"] = copy.deepcopy(dict(
+            learner=learner.state_dict(), optimizer=optimizer.state_dict(),
+            controls={how: models[how].state_dict() for how in masks[1:]}))
+        at.update(arm="start")
+        write_neighbours(run, learner, lay, corpus)
+
+    # ---- self phase: the distance of own and true gists; no real token is a target
+    snapshot = at["snapshot"]
+    critics = {}
+    if names:
+        judge_then = copy.deepcopy(learner)
+        judge_then.load_state_dict(snapshot["learner"])
+        critics, found = make_critics(run, corpus, lay, judge_then, judge_then)
+        run.say(f"the gists keep {critics['contextual'].whiten.size(1)} directions, whitened; before that they fill "
+                f"{found:.1f}")
+    for arm in names:
+        kind = arm if arm in critics else "contextual"
+        critic = critics[kind]._replace(model=None if kind != "contextual" else learner if arm == "self" else judge)
+        if at["arm"] != arm:
+            learner.load_state_dict(snapshot["learner"])
+            judge.load_state_dict(snapshot["learner"])
+            optimizer.load_state_dict(copy.deepcopy(snapshot["optimizer"]))
+            watch = Watch() 
+            parts["watch"] = watch
+            if arm != "real":
+                calibrate(run, corpus, lay, learner, critic, watch, probe)
+            at.update(arm=arm, step=0, track=new_track(), real_targets=0)
+        track = at["track"]
+        for group in optimizer.param_groups:
+            group["lr"] = self_learning_rate
+        run.start_clock(at["step"])
+        for step in range(at["step"], self_steps + 1):
+            run.checkpoint(step, at, tally, **parts)
+            if step % eval_interval == 0 or step == self_steps:
+                row, stream = write_row(run, arm, step, self_steps, tally, learner, None if arm == "real" else critic,
+                                        lay, gold, probe, optimizer, at["real_targets"])
+                if track_gold(track, row, hack_margin):
+                    run.say(f"{arm}: hacked at step {track['steps_to_hack']}, gold {row['gold_nats']:.3f} after a best "
+                            f"of {track['gold_best']:.3f}")
+                    if arm != "real":
+                        track["reports"].append(
+                            report(run, arm, step, "gold", watch, learner, critic, snapshot, lay, corpus, row))
+                alarms = []
+                if stream is not None and arm != "real":
+                    alarms = watch.update(step, stream.cpu(), row["agreement_probe"])
+                if alarms and step - (track["alarms"] or [-MEMORY])[-1] >= MEMORY:
+                    track["alarms"].append(step)
+                    track["reports"].append(
+                        report(run, arm, step, alarms, watch, learner, critic, snapshot, lay, corpus, row))
+                if alarms:
+                    watch.restart(stream.cpu(), row["agreement_probe"])
+            if step == self_steps:
+                break
+            w = text(run, corpus, meta_steps + step)
+            with run.autocast():
+                if arm == "real":
+                    logits = read(learner, lay, w[:, :-1])
+                    loss = F.cross_entropy(logits.flatten(0, 1), w[:, 1:].flatten())
+                    note(tally, loss, logits, w[:, :-1], None, None, None, None)
+                    at["real_targets"] += batch_size * block_size
+                else:
+                    foreign = text(run, corpus, meta_steps + step, FOREIGN)[:, :-1] if arm == "shuffled" else None
+                    loss = self_loss(arm, step, learner, critic, lay, w, foreign, chance(run, meta_steps + step), tally)
+            take_step(run, learner, optimizer, loss, tally)
+            if arm == "ema":
+                follow(judge, learner)
+        at["arms"][arm] = track
+
+    at["arm"] = "done"
+    run.checkpoint(0, at, tally, **parts)
+    if prompt:
+        for how in ("gist", "full"):
+            models[how].load_state_dict(snapshot["learner"] if how == "gist" else snapshot["controls"]["full"])
+        write_continuations(run, models, corpus)
+    extra = {k: at["meta"][k] for k in ("later", "gist_share", "gist_share_by_place") if k in at["meta"]}
+    run.finish(summarise(run, at["meta"], meta_steps, at["arms"], self_steps, **extra), draw_runs)
+
+
+if __name__ == "__main__":
+    main()
