@@ -230,7 +230,8 @@ def gists(critic, lay, past, starts, spans):
         offset = torch.cat((torch.arange(s), torch.full((n_gist,), s - 1))).to(spans.device)
         g = critic.model(torch.cat((spans, ids), 3), starts[:, None] + offset, near_past(lay, starts),
                          read=slice(s, None), cache=dict(past), residual=n_layer - 1).flatten(3)
-    return g.float() if critic.whiten is None else g.float() @ critic.whiten
+    g = g.to(lay.blend.dtype)
+    return g if critic.whiten is None else g @ critic.whiten
 
 
 def squared_distances(g):
@@ -309,17 +310,27 @@ def sampled_loss(d2):
     """(loss [...], weights [..., M] of the score function) of M sampled own spans; d2: [..., M + 1, M + 1].
 
     The gradient of the loss is the mean of weight_r d log p(y_r): the weight of a sample is what it adds to the loss,
-    less what the others say about its place (so no constant is learned).
+    less the same of the others without it, which is independent of it (no bias) and takes off most of the noise.
     """
     M = d2.size(-1) - 1
     if distance == "logscore":
         loss = math.log(M) - (-d2[..., -1, :-1] / tau).logsumexp(-1)
         return loss, 1 - M * (-d2[..., -1, :-1] / tau).softmax(-1)
     d = (d2 + 1e-12).sqrt()
-    to_truth, others = d[..., -1, :-1], d[..., :-1, :-1].sum(-1) / (M - 1)
-    weight = to_truth - others if distance == "energy" else to_truth
-    loss = (to_truth - others / 2 if distance == "energy" else to_truth).mean(-1)
-    return loss, weight - (weight.sum(-1, keepdim=True) - weight) / (M - 1)
+    to_truth = d[..., -1, :-1]
+    loss, weight = to_truth.mean(-1), to_truth - leave_out(to_truth)
+    if distance == "energy":
+        apart = d[..., :-1, :-1] * ~torch.eye(M, dtype=torch.bool, device=d.device)
+        row = apart.sum(-1)
+        loss = loss - 0.5 * row.mean(-1) / (M - 1)
+        without = (row.sum(-1, keepdim=True) - 2 * row) / max(1, (M - 1) * (M - 2))
+        weight = weight - (row / (M - 1) - without)
+    return loss, weight
+
+
+def leave_out(values):
+    """The mean of the others at each place of [..., M]."""
+    return (values.sum(-1, keepdim=True) - values) / (values.size(-1) - 1)
 
 
 def likeliest(logits):
@@ -465,7 +476,7 @@ def examine(run, critic, lay, probe):
         raw = gists(critic._replace(whiten=None), lay, past_of(critic, lay, x), starts, both[:, :, :1]).flatten(0, 2)
     d2 = (clean - rough).square().sum(-1)
     differ = (both[:, :, 0] != both[:, :, 1]).any(-1)
-    values = torch.linalg.eigvalsh(raw.T.cov()).float()
+    values = torch.linalg.eigvalsh(raw.T.cov())
     return dict(agreement_probe=(d2[..., 0] < d2[..., 1])[differ].float().mean().item(),
                 gist_std=raw.std(0).mean().item(), gist_rank=effective_rank(values))
 
@@ -544,9 +555,9 @@ def make_critics(run, corpus, lay, learner, judge):
     contextual, found = whitened(Critic(judge, None, None), rank)
     K = contextual.whiten.size(1)
     numbers = np.random.default_rng([seed, TABLE]).standard_normal((vocab, max(1, round(K / span))), dtype=np.float32)
-    static = F.normalize(judge.embed.weight[:vocab].detach().float(), dim=-1)
+    static = F.normalize(judge.embed.weight[:vocab].detach(), dim=-1)
     return dict(contextual=contextual, static=whitened(Critic(None, static, None), rank)[0],
-                random=whitened(Critic(None, torch.from_numpy(numbers).to(run.device), None), 0)[0]), found
+                random=whitened(Critic(None, torch.from_numpy(numbers).to(static), None), 0)[0]), found
 
 
 @torch.no_grad()
