@@ -1,16 +1,21 @@
 # make       virtual environment, corpus, and the experiments
 # make test  the same set-up, and the tests
 # make study-1   the runs behind the README's tables of stage 1; goes on where it was
+# make study-1-long   the same for 20,000 self steps
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test study-1
+.PHONY: run test study-1 study-1-long
 run: .venv/installed
 	$(BIN)/python prepare_data.py
 	$(BIN)/python self_ce.py
 
 study-1: .venv/installed
 	$(BIN)/python study.py 1
+	$(BIN)/python study_report.py
+
+study-1-long: .venv/installed
+	$(BIN)/python study.py 1-long
 	$(BIN)/python study_report.py
 
 test: .venv/installed-test

@@ -39,7 +39,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call
 
 from configurator import chosen_arms, configure, read_meta_phase, refuse
 from model import GIST, GPT, TRUE, GPTConfig, adamw, bottleneck_mask, sample_tokens
@@ -104,7 +103,7 @@ SELF_PHASE = ("arms", "self_steps", "hack_margin", "rank", "span", "every", "can
               "prompt", "wandb_log")
 # Independent streams of data and of random numbers.
 TEXT, FOREIGN, CHANCE, RULER, PROBE, TABLE = range(6)
-RULER_STEPS = 120  # steps on which the watch is calibrated, at least 100
+RULER_STEPS = 100  # on which the watch is calibrated, the fewest that it takes
 
 
 # ----------------------------------------------------------------------------------------------
@@ -367,25 +366,11 @@ def soft_gists(critic, lay, past, starts, logits, u):
     weights = p.unsqueeze(2).expand(-1, -1, M, -1)
     if path == "straight_through":
         weights = weights + (F.one_hot(own, vocab) - weights).detach()
-    table = critic.table if critic.model is None else critic.model.embed.weight[:vocab].detach()
+    table = critic.table if critic.model is None else critic.model.embed.weight[:vocab]
     mixed = (weights @ table).unsqueeze(3)
     if critic.model is None:
         return own.unsqueeze(-1), mixed.flatten(3) @ critic.whiten
-    fixed = {n: t.detach() for n, t in critic.model.named_parameters()}  # the critic is not to move towards the signal
-    through = critic._replace(model=Detached(critic.model, fixed))
-    return own.unsqueeze(-1), gists(through, lay, past, starts, mixed)
-
-
-class Detached:
-    """A GPT with other parameters in its place, callable as it is."""
-    def __init__(self, model, parameters):
-        self.model, self.parameters = model, parameters
-
-    def embed(self, ids):
-        return self.parameters["embed.weight"][ids]
-
-    def __call__(self, *arguments, **options):
-        return functional_call(self.model, self.parameters, arguments, options)
+    return own.unsqueeze(-1), gists(critic, lay, past, starts, mixed)
 
 
 def self_loss(arm, step, learner, critic, lay, w, foreign, u, tally=None):
@@ -617,15 +602,14 @@ def judge_texts(run, lay, learner, critic, w, arm):
 
 
 @torch.no_grad()
-def report(run, arm, step, why, watch, learner, critic, snapshot, lay, corpus, row):
+def report(run, arm, step, why, watch, learner, critic, before, lay, corpus, row):
     """hacks/NNN.md: the critic of now and of the snapshot, on the own spans of now and of the snapshot, on new text.
 
-    Returns what the summary keeps: {"step", "why", "changed", "judged"}.
+    before: the GPT as it was in the snapshot. Returns what the summary keeps: {"step", "why", "changed", "judged"}.
     """
     w = text(run, corpus, meta_steps + step)
-    old = Detached(learner, snapshot["learner"])
-    learners = dict(then=old, now=learner)
-    judges = dict(then=critic._replace(model=old if critic.model else None), now=critic)
+    learners = dict(then=before, now=learner)
+    judges = dict(then=critic._replace(model=before if critic.model else None), now=critic)
     seen = {(c, o): judge_texts(run, lay, learners[o], judges[c], w, arm) for c in judges for o in learners}
     judged = {key: value[3] for key, value in seen.items()}
     if run.first:
@@ -781,11 +765,11 @@ def main():
         models[how] = GPT(GPTConfig(vocab, n_gist + 1, n_layer, n_head, n_embd)).to(run.device, run.weight_dtype)
         optimizers[how] = adamw(models[how], learning_rate)
     learner, optimizer, watch = models["gist"], optimizers["gist"], Watch()
-    judge = copy.deepcopy(learner)
+    judge, before = (copy.deepcopy(learner).requires_grad_(False) for _ in range(2))  # the critic; the snapshot
     parts = dict(learner=learner, judge=judge, optimizer=optimizer, watch=watch)
     meta_parts = {**parts, **{f"model_{how}": models[how] for how in masks},
                   **{f"optimizer_{how}": optimizers[how] for how in masks}}
-    at = dict(arm="meta", step=0, track=new_track(), arms={}, meta=None, snapshot=None, real_targets=0,
+    at = dict(arm="meta", step=0, track=new_track(), arms={}, meta=None, snapshot=None, watches={}, real_targets=0,
               corpus=corpus_id(corpus))
     tally = {}
     if run.resumed:
@@ -843,9 +827,8 @@ def main():
     snapshot = at["snapshot"]
     critics = {}
     if names:
-        judge_then = copy.deepcopy(learner)
-        judge_then.load_state_dict(snapshot["learner"])
-        critics, found = make_critics(run, corpus, lay, judge_then, judge_then)
+        before.load_state_dict(snapshot["learner"])
+        critics, found = make_critics(run, corpus, lay, before, before)
         run.say(f"the gists keep {critics['contextual'].whiten.size(1)} directions, whitened; before that they fill "
                 f"{found:.1f}")
     for arm in names:
@@ -855,10 +838,11 @@ def main():
             learner.load_state_dict(snapshot["learner"])
             judge.load_state_dict(snapshot["learner"])
             optimizer.load_state_dict(copy.deepcopy(snapshot["optimizer"]))
-            watch = Watch() 
-            parts["watch"] = watch
             if arm != "real":
-                calibrate(run, corpus, lay, learner, critic, watch, probe)
+                if kind not in at["watches"]:
+                    calibrate(run, corpus, lay, learner, critic, watch, probe)
+                    at["watches"][kind] = watch.state_dict()
+                watch.load_state_dict(at["watches"][kind])
             at.update(arm=arm, step=0, track=new_track(), real_targets=0)
         track = at["track"]
         for group in optimizer.param_groups:
@@ -874,14 +858,14 @@ def main():
                             f"of {track['gold_best']:.3f}")
                     if arm != "real":
                         track["reports"].append(
-                            report(run, arm, step, "gold", watch, learner, critic, snapshot, lay, corpus, row))
+                            report(run, arm, step, "gold", watch, learner, critic, before, lay, corpus, row))
                 alarms = []
                 if stream is not None and arm != "real":
                     alarms = watch.update(step, stream.cpu(), row["agreement_probe"])
                 if alarms and step - (track["alarms"] or [-MEMORY])[-1] >= MEMORY:
                     track["alarms"].append(step)
                     track["reports"].append(
-                        report(run, arm, step, alarms, watch, learner, critic, snapshot, lay, corpus, row))
+                        report(run, arm, step, alarms, watch, learner, critic, before, lay, corpus, row))
                 if alarms:
                     watch.restart(stream.cpu(), row["agreement_probe"])
             if step == self_steps:

@@ -19,14 +19,13 @@ from configurator import refuse
 from plot import COLOUR, STUDENT, interval, read_run
 from study import OUT, ROOT, STUDIES, finished
 
-STUDY = OUT / "study-1"
 README, FIGURES = ROOT / "README.md", ROOT / "figures"
 
 
-def load(point):
+def load(point, study="1"):
     """{seed: (summary, rows)} of the finished runs of a point."""
-    seeds = STUDIES["1"][2]
-    return {s: read_run(STUDY / point / str(s)) for s in seeds if finished(STUDY / point / str(s))}
+    folders = {seed: OUT / f"study-{study}" / point / str(seed) for seed in STUDIES[study][2]}
+    return {seed: read_run(folder) for seed, folder in folders.items() if finished(folder)}
 
 
 def at(rows, arm, step, name="gold_nats"):
@@ -197,10 +196,10 @@ def cross_examination():
 def watch_score():
     """Alarms beside gold, over all arms that were neither rescued nor real."""
     lead, missed, hacked, false, healthy_steps = defaultdict(list), 0, 0, 0, 0
-    for name in STUDIES["1"][1]:
+    for study, name in [(study, name) for study in ("1", "1-long") for name in STUDIES[study][1]]:
         if name.startswith("rescue"):
             continue
-        for summary, rows in load(name).values():
+        for summary, rows in load(name, study).values():
             for arm, a in summary["arms"].items():
                 if a["steps_to_hack"] is None:
                     false += len(a["alarms"])
@@ -236,17 +235,31 @@ def rescues():
     return "\n".join(lines)
 
 
+LONG = (("frozen", "frozen", "frozen copy"), ("self", "self", "unfrozen, `keep_meta=.1` on random strings"))
+
+
 def long_run():
-    lines = ["| seed | gold at start | at 5,000 | at 10,000 | at 20,000 | the same of `real` | recovered | hack | "
-             "real tokens as targets |", "|---|---|---|---|---|---|---|---|---|"]
-    shares = []
-    for seed, (summary, rows) in load("long").items():
-        a, real = summary["arms"]["frozen"], summary["arms"]["real"]
-        golds = [f"{at(rows, 'frozen', s):.3f}" for s in (0, 5000, 10000, 20000)]
-        shares.append(a["recovered"])
-        lines.append(f"| {seed} | " + " | ".join(golds) + f" | {real['gold_end']:.3f} | {a['recovered']:.3f} | "
-                     f"{a['steps_to_hack'] or 'none'} | {at(rows, 'frozen', 20000, 'real_targets')} |")
-    return "\n".join(lines) + (f"\n\nRecovered {pm(shares, 3)} over {len(shares)} seeds." if shares else "")
+    lines = ["| critic | seed | gold at start | at 5,000 | at 10,000 | at 20,000 | the same of `real` | recovered | hack | "
+             "alarms | real tokens as targets |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+    frozen, closing = load("frozen", "1-long"), []
+    for point, arm, text in LONG:
+        shares, slopes = [], []
+        for seed, (summary, rows) in load(point, "1-long").items():
+            a, real = summary["arms"][arm], frozen[seed][0]["arms"]["real"]
+            share = (a["gold_start"] - a["gold_end"]) / (real["gold_start"] - real["gold_end"])
+            shares.append(share)
+            slopes.append(at(rows, arm, 15000) - at(rows, arm, 20000))
+            golds = " | ".join(f"{at(rows, arm, s):.3f}" for s in (0, 5000, 10000, 20000))
+            lines.append(f"| {text} | {seed} | {golds} | {real['gold_end']:.3f} | {share:.3f} | "
+                         f"{a['steps_to_hack'] or 'none'} | {len(a['alarms'])} | {at(rows, arm, 20000, 'real_targets')} |")
+        if shares:
+            closing.append(f"{text}: recovered {pm(shares, 3)} over {len(shares)} seeds; gold falls by {pm(slopes, 3)} from "
+                           "step 15,000 to 20,000.")
+    for arm, text in (("sharpen", "`sharpen`, frozen, reading no observation"), ("self", "`self` without any lever")):
+        point = load("sharpen", "1-long")
+        if point:
+            closing.append(f"{text}: hacked at {hack_text([s for s, _ in point.values()], arm)}, {len(point)} seeds.")
+    return "\n".join(lines) + "\n\n" + "\n\n".join(closing)
 
 
 def draw():
@@ -262,15 +275,18 @@ def draw():
     left.set(ylim=(start - 0.55, start + 0.9), xlabel="self steps", ylabel="gold, nats a token",
              title=f"600 steps, {len(base)} seeds, 95 % intervals")
     left.legend(fontsize=7, ncol=2)
-    runs = list(load("long").values())
-    for arm in ("real", "frozen") if runs else ():
+    for point, arm in (("frozen", "real"), ("frozen", "frozen"), ("self", "self")):
+        runs = list(load(point, "1-long").values())
+        if not runs:
+            continue
         steps = [r["step"] for r in runs[0][1] if r["arm"] == arm]
         mean, half = interval([[r["gold_nats"] for r in rows if r["arm"] == arm] for _, rows in runs])
-        right.plot(steps, mean, color=COLOUR[arm], label=arm, ls="--" if arm == "real" else "-")
+        label = arm if arm != "self" else "self, keep_meta=.1 on random strings"
+        right.plot(steps, mean, color=COLOUR[arm], label=label, ls="--" if arm == "real" else "-")
         right.fill_between(steps, mean - half, mean + half, color=COLOUR[arm], alpha=0.2, lw=0)
-    right.set(xlabel="self steps", title=f"20 times the meta phase, {len(runs)} seeds")
-    if runs:
         right.legend(fontsize=7)
+        right.set_title(f"20 times the meta phase, {len(runs)} seeds")
+    right.set(xlabel="self steps")
     for axis in (left, right):
         axis.grid(alpha=0.2)
     figure.tight_layout()
@@ -279,7 +295,7 @@ def draw():
 
 def main():
     if not load("base"):
-        refuse(f"{STUDY} holds no finished run of the point base; run python study.py 1 first")
+        refuse(f"{OUT}/study-1 holds no finished run of the point base; run python study.py 1 first")
     parts = dict(levers=lever_table(), ensembles=ensemble_table(), law=law(), order=breaking_order(),
                  judged=cross_examination(), watch=watch_score(), rescues=rescues(), long=long_run())
     text = README.read_text()
