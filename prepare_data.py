@@ -589,7 +589,7 @@ def corpus_id(corpus):
 
 
 def true_classes(corpus):
-    """int64 [vocab_size]: the class of each id, which is the token that it spells; of tokens that have one id, itself."""
+    """int64 [vocab_size]: the class of each id, which is the token that it spells: itself, unless spelled."""
     return np.arange(corpus.vocab_size) // corpus.encoding.spellings
 
 
