@@ -98,9 +98,9 @@ wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Bia
 ARMS = ("self", "frozen", "ema", "real", "shuffled", "sharpen", "static", "random")
 CONTROLS = ("full", "none", "pool")
 # Settings that the meta phase does not read: with `start`, the others must be those of the run started from.
-SELF_PHASE = ("arms", "self_steps", "hack_margin", "rank", "span", "every", "candidates", "path", "distance", "tau", "ema_decay",
-              "eval_interval", "eval_windows", "save_interval", "device", "compile", "out_dir", "resume", "start",
-              "prompt", "wandb_log")
+SELF_PHASE = ("arms", "self_steps", "hack_margin", "rank", "span", "every", "candidates", "path", "distance", "tau",
+              "ema_decay", "eval_interval", "eval_windows", "save_interval", "device", "compile", "out_dir", "resume",
+              "start", "prompt", "wandb_log")
 # Independent streams of data and of random numbers.
 TEXT, FOREIGN, CHANCE, RULER, PROBE, TABLE = range(6)
 RULER_STEPS = 100  # on which the watch is calibrated, the fewest that it takes
@@ -122,13 +122,13 @@ class Layout(NamedTuple):
 
 def layout(length, where, dtype=torch.float32):
     """The Layout of `length` text tokens, whole chunks, on the device `where`."""
-    ends = {chunk if place == "end" else (j + 1) * chunk // n_gist for j in range(n_gist)}
+    ends = [chunk if place == "end" else (j + 1) * chunk // n_gist for j in range(n_gist)]
     kind, ids, pos = [], [], []
     for t in range(length):
-        kind, ids, pos = kind + [TRUE], ids + [0], pos + [t]
-        for j in range(n_gist):
-            if t % chunk + 1 == (chunk if place == "end" else (j + 1) * chunk // n_gist):
-                kind, ids, pos = kind + [GIST], ids + [vocab + j], pos + [t]
+        behind = [vocab + j for j, end in enumerate(ends) if t % chunk + 1 == end]
+        kind += [TRUE] + [GIST] * len(behind)
+        ids += [0, *behind]
+        pos += [t] * (1 + len(behind))
     kind, ids, pos = (torch.tensor(values, device=where) for values in (kind, ids, pos))
     which, is_gist = pos // chunk, kind == GIST
     blend = torch.eye(len(pos), device=where, dtype=dtype)
@@ -290,19 +290,22 @@ def target_mass(d2):
     return torch.cat((row * met, (~met).to(row.dtype)), -1)
 
 
-def exact_loss(logp, d2):
-    """The distance in expectation over own spans v and "none", with log probabilities [..., M + 1]; d2: as above."""
+def exact_loss(logp, d2, target):
+    """The distance in expectation over own spans v and "none", with log probabilities [..., M + 1].
+
+    d2, target: see `target_mass`. "None" is as far from every span, and from itself, as two own spans are on average.
+    """
     p = logp.exp()
     if distance == "logscore":
         said = (p[..., :-1, None] * kernel(d2[..., :-1, :-1])).sum(-2)
         said = torch.cat((said.clamp_min(1e-12).log(), logp[..., -1:]), -1)
-        return -(target_mass(d2) * said).sum(-1)
+        return -(target * said).sum(-1)
     d = (d2 + 1e-12).sqrt()
-    d = torch.cat((d[..., :-1], torch.ones_like(d[..., :1])), -1)  # "none" is as far as two own spans are on average
-    own = torch.cat((d[..., :-1, :-1], torch.ones_like(d[..., :-1, :1])), -1)
-    own = torch.cat((own, torch.ones_like(own[..., :1, :])), -2)
-    return (p * d[..., -1, :]).sum(-1) - (0.5 * (p[..., None] * p[..., None, :] * own).sum((-1, -2))
-                                          if distance == "energy" else 0)
+    to_truth = (p[..., :-1] * d[..., -1, :-1]).sum(-1) + p[..., -1]
+    if distance == "plain":
+        return to_truth
+    apart = F.pad(d[..., :-1, :-1], (0, 1, 0, 1), value=1.0)  # [..., M + 1, M + 1] over own spans and "none"
+    return to_truth - 0.5 * (p.unsqueeze(-2) @ apart @ p.unsqueeze(-1)).squeeze(-1).squeeze(-1)
 
 
 def sampled_loss(d2):
@@ -396,8 +399,9 @@ def self_loss(arm, step, learner, critic, lay, w, foreign, u, tally=None):
     with torch.no_grad():
         g = gists(critic, lay, world, starts, torch.cat((own, seen.unsqueeze(2)), 2))
     d2 = squared_distances(g)
+    target = target_mass(d2)
     if path == "exact":
-        loss = exact_loss(logp, d2).mean()
+        loss = exact_loss(logp, d2, target).mean()
     elif path == "reinforce":
         value, weight = sampled_loss(d2)
         loss = (weight * logp).mean()
@@ -405,7 +409,7 @@ def self_loss(arm, step, learner, critic, lay, w, foreign, u, tally=None):
     else:
         loss = soft_loss(torch.cat((own_gists, g[:, :, -1:]), 2))
     if tally is not None:
-        note(tally, loss, logits, x, own, d2, observed(x, starts), said)
+        note(tally, loss, logits, x, own, target, observed(x, starts), said)
     return loss
 
 
@@ -470,7 +474,7 @@ def examine(run, critic, lay, probe):
 # steps
 
 @torch.no_grad()
-def note(tally, loss, logits, x, own, d2, truth, said):
+def note(tally, loss, logits, x, own=None, target=None, truth=None, said=None):
     """Adds a step to what the next line of the log will average, without waiting for the device.
 
     agreement: how much of the critic's target falls on the observation, where that is among the own spans; echo: how
@@ -482,7 +486,6 @@ def note(tally, loss, logits, x, own, d2, truth, said):
     means = dict(steps=torch.ones_like(surprise), loss=loss.detach(), surprise=surprise, output_entropy=entropy)
     agreement = torch.ones_like(surprise)
     if own is not None:
-        target = target_mass(d2)
         among = (own == truth.unsqueeze(2)).all(-1)
         agreement = (target[..., :-1] * among).sum() / among.any(-1).sum().clamp_min(1)
         first = (own == said.argmax(-1)[..., None, None]).all(-1) if span == 1 else torch.zeros_like(among)
@@ -769,7 +772,7 @@ def main():
     parts = dict(learner=learner, judge=judge, optimizer=optimizer, watch=watch)
     meta_parts = {**parts, **{f"model_{how}": models[how] for how in masks},
                   **{f"optimizer_{how}": optimizers[how] for how in masks}}
-    at = dict(arm="meta", step=0, track=new_track(), arms={}, meta=None, snapshot=None, watches={}, real_targets=0,
+    at = dict(arm="meta", step=0, track=new_track(), arms={}, meta=None, snapshot=None, watches={}, ends={}, real_targets=0,
               corpus=corpus_id(corpus))
     tally = {}
     if run.resumed:
@@ -787,7 +790,7 @@ def main():
     gold = Gold(windows, corpus.token_bytes, run, max(1, batch_size // run.ranks))
     probe = stored_probe(run, corpus)
     size = sum(p.numel() * p.element_size() for p in learner.parameters())
-    run.open(need_bytes=2 * (6 + 5 * len(masks)) * size)
+    run.open(need_bytes=2 * (10 + 5 * len(masks) + len(names)) * size)
 
     # ---- meta phase: cross entropy through the bottleneck, and through the masks of the controls
     if at["arm"] == "meta":
@@ -875,7 +878,7 @@ def main():
                 if arm == "real":
                     logits = read(learner, lay, w[:, :-1])
                     loss = F.cross_entropy(logits.flatten(0, 1), w[:, 1:].flatten())
-                    note(tally, loss, logits, w[:, :-1], None, None, None, None)
+                    note(tally, loss, logits, w[:, :-1])
                     at["real_targets"] += batch_size * block_size
                 else:
                     foreign = text(run, corpus, meta_steps + step, FOREIGN)[:, :-1] if arm == "shuffled" else None
@@ -883,7 +886,7 @@ def main():
             take_step(run, learner, optimizer, loss, tally)
             if arm == "ema":
                 follow(judge, learner)
-        at["arms"][arm] = track
+        at["arms"][arm], at["ends"][arm] = track, copy.deepcopy(learner.state_dict())
 
     at["arm"] = "done"
     run.checkpoint(0, at, tally, **parts)

@@ -27,6 +27,8 @@ LONG = "--batch_size=2 --meta_steps=1000"
 LONG_BASE = "--start={out}/study-1-long/frozen/{seed}"
 LAW = "--self_steps=240 --arms=self --eval_interval=2"
 
+GISTS = "--start={out}/study-2/base/{seed} --arms=real,frozen,random --eval_interval=50"
+
 # study: (script, {name of a point: settings that differ from the script's}, seeds)
 STUDIES = {
     "1": ("self_ce.py", {
@@ -70,6 +72,21 @@ STUDIES = {
         "self": f"{LONG} {LONG_BASE} --self_steps=20000 --arms=self --keep_meta=0.1 --eval_interval=100 "
                 "--save_interval=2000",
         "sharpen": f"{LONG} {LONG_BASE} --self_steps=1000 --arms=sharpen,self",
+    }, (1, 2, 3, 4, 5)),
+    # Gists: what they carry, and what a learner recovers from their distance.
+    "2": ("gist_bottleneck.py", {
+        "base": "--arms=real,self,frozen,ema,shuffled,sharpen,static,random",
+        **{f"share-{c}": f"--arms= --controls=full,none,pool --chunk={c} --meta_steps=1000" for c in (4, 8, 16)},
+        "share-4-spread": "--arms= --chunk=4 --n_gist=2 --place=spread --meta_steps=1000",
+        "share-4-reconstruct": "--arms= --chunk=4 --reconstruct=0.1 --meta_steps=1000",
+        **{f"rank-{r}": f"{GISTS} --rank={r}" for r in (4, 8, 16)},
+        **{f"tau-{t}": f"{GISTS} --tau={t}" for t in (0.5, 2)},
+        "energy": f"{GISTS} --distance=energy",
+        "plain": f"{GISTS} --distance=plain",
+        "soft": f"{GISTS} --path=soft --distance=plain",
+        "straight-through": f"{GISTS} --path=straight_through --distance=energy --candidates=4",
+        **{f"span-{s}": f"{GISTS} --span={s} --path=reinforce --distance=energy" for s in (1, 2, 4)},
+        "long": "--start={out}/study-2/base/{seed} --arms=real,frozen,random --self_steps=2500 --eval_interval=100",
     }, (1, 2, 3, 4, 5)),
     # Where is a frozen critic hacked only after hundreds of steps, as earlier work saw at 750?
     "hunt": ("self_ce.py", {
