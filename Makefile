@@ -9,6 +9,7 @@ BIN := .venv/bin
 run: .venv/installed
 	$(BIN)/python prepare_data.py
 	$(BIN)/python self_ce.py
+	$(BIN)/python gist_bottleneck.py
 
 study-1: .venv/installed
 	$(BIN)/python study.py 1

@@ -1,10 +1,10 @@
 """
-How long the steps take, side by side in one run: each row is a ratio to the plain training step, in rounds.
+How long the steps of each stage take, side by side in one run: a row is a ratio to the stage's step on real tokens.
 
-    python bench.py                 # under a minute on two cores
+    python bench.py                 # about a minute on two cores
 
-The plain step is cross entropy on text: forward, backward, clip, AdamW. Beside it stands the same sizes built of
-torch.nn.TransformerEncoder, so that the numbers of another machine can be read.
+The real step is cross entropy on text: forward, backward, clip, AdamW. Beside stage 1's stands one of the same sizes
+built of torch.nn.TransformerEncoder, so that the numbers of another machine can be read.
 """
 import time
 
@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import gist_bottleneck as gb
 import self_ce
 from model import GPT, GPTConfig, adamw
 from watch import Watch
@@ -44,8 +45,8 @@ class Library(nn.Module):
         return self.head(self.blocks(self.token(x) + self.place.weight, mask=self.mask, is_causal=True))
 
 
-def main():
-    torch.manual_seed(0)
+def stage_1():
+    """{name: step}, the plain step first."""
     run, w = Alone(), torch.randint(0, V, (B, T + 1))
     x, obs = w[:, :-1], w[:, 1:]
     gpt, library = GPT(GPTConfig(V, 1, self_ce.n_layer, self_ce.n_head, C)), Library()
@@ -76,12 +77,36 @@ def main():
             self_ce.critic_logits(critic, obs[:4], obs[:4]).argmax(-1)
         watch.update(10, torch.from_numpy(values[:10]), 0.9)
 
-    steps = {"plain step": lambda: plain(gpt, optimizer),
-             "plain step, explicit attention": lambda: plain(gpt, optimizer, fused=False),
-             "torch.nn.TransformerEncoder": lambda: plain(library, other),
-             "meta step": lambda: meta(False), "meta step, order 2": lambda: meta(True),
-             "self step, real": lambda: in_self_phase("real"), "self step, frozen": lambda: in_self_phase("frozen"),
-             "the watch, each ten steps": watching}
+    return {"plain step": lambda: plain(gpt, optimizer),
+            "plain step, explicit attention": lambda: plain(gpt, optimizer, fused=False),
+            "torch.nn.TransformerEncoder": lambda: plain(library, other),
+            "meta step": lambda: meta(False), "meta step, order 2": lambda: meta(True),
+            "self step, real": lambda: in_self_phase("real"), "self step, frozen": lambda: in_self_phase("frozen"),
+            "the watch, each ten steps": watching}
+
+
+def stage_2():
+    """{name: step}, the step of the real arm first."""
+    run, lay = Alone(), gb.layout(gb.block_size, "cpu")
+    w = torch.randint(0, gb.vocab, (gb.batch_size, gb.block_size + 1))
+    learner = GPT(GPTConfig(gb.vocab, gb.n_gist + 1, gb.n_layer, gb.n_head, gb.n_embd))
+    judge, optimizer = GPT(learner.config).requires_grad_(False), adamw(learner, 1e-4)
+    contextual = gb.Critic(judge, None, torch.randn(gb.n_gist * gb.n_embd, 16))
+    static = gb.Critic(None, torch.randn(gb.vocab, 16), torch.eye(16))
+
+    def real():
+        logits = gb.read(learner, lay, w[:, :-1])
+        gb.take_step(run, learner, optimizer, F.cross_entropy(logits.flatten(0, 1), w[:, 1:].flatten()))
+
+    def in_self_phase(critic):
+        gb.take_step(run, learner, optimizer, gb.self_loss("frozen", 0, learner, critic, lay, w, None,
+                                                           gb.chance(run, 0), {}))
+
+    return {"self step, real": real, "self step, frozen": lambda: in_self_phase(contextual),
+            "self step, static": lambda: in_self_phase(static)}
+
+
+def measure(title, steps, tokens):
     times = {name: [] for name in steps}
     for round_ in range(ROUNDS + 1):
         for name, step in steps.items():
@@ -90,13 +115,20 @@ def main():
                 step()
             if round_:  # the first round warms up
                 times[name].append((time.perf_counter() - began) / STEPS)
-    base = np.array(times["plain step"])
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; {B} x {T} tokens, {V} ids, width {C}; "
-          f"medians of {ROUNDS} rounds")
+    base = np.array(next(iter(times.values())))
+    print(title)
     for name, seconds in times.items():
         ratio = np.median(np.array(seconds) / base)
         ms = 1e3 * np.median(seconds)
-        print(f"{name:<32} {ms:7.1f} ms {1e3 * B * T / ms:10,.0f} tokens/s {ratio:7.2f} x")
+        print(f"  {name:<32} {ms:7.1f} ms {1e3 * tokens / ms:10,.0f} tokens/s {ratio:7.2f} x")
+
+
+def main():
+    torch.manual_seed(0)
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of {ROUNDS} rounds")
+    measure(f"self_ce.py: {B} x {T} tokens, {V} ids, width {C}", stage_1(), B * T)
+    measure(f"gist_bottleneck.py: {gb.batch_size} x {gb.block_size} tokens, {gb.vocab} ids, width {gb.n_embd}",
+            stage_2(), gb.batch_size * gb.block_size)
 
 
 if __name__ == "__main__":

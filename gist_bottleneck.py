@@ -60,7 +60,7 @@ reconstruct = 0.0       # weight of a loss for writing the chunk again from its 
 rank = 0                # principal directions of the gists that are kept; 0 is all
 # --- signal
 span = 1                # own tokens after each true prefix; with span = chunk every chunk is written anew
-every = 1               # own spans begin after every so many prefixes, others at each step
+every = 2               # own spans begin after every so many prefixes, others at each step
 candidates = 8          # own spans at each prefix: the likeliest tokens, or samples
 path = "exact"          # "exact" | "reinforce" | "straight_through" | "soft": how the gradient reaches own tokens
 distance = "logscore"   # "logscore" | "energy" | "plain": the loss over distances, see above
@@ -73,7 +73,7 @@ n_embd = 96             # width
 block_size = 128        # text tokens in a sequence
 # --- data
 dataset = "plays"       # plays, tinyshakespeare, fineweb-edu, or a text file or folder of your own
-vocab = 512             # tokens: 256 is plain bytes, 50257 is GPT-2's, any other a BPE trained on the corpus
+vocab = 256             # tokens: 256 is plain bytes, 50257 is GPT-2's, any other a BPE trained on the corpus
 train_tokens = 0        # use only the first so many training tokens, repeated; 0 is all
 # --- optimisation
 batch_size = 8          # sequences a step, over all ranks

@@ -16,7 +16,7 @@ import gist_bottleneck as gb
 from model import GIST, GPT, TRUE, GPTConfig, bottleneck_mask
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--vocab=256", "--meta_steps=16", "--self_steps=8", "--n_embd=32", "--n_head=2", "--n_layer=2", "--block_size=16",
+SMALL = ["--meta_steps=16", "--self_steps=8", "--n_embd=32", "--n_head=2", "--n_layer=2", "--block_size=16",
          "--eval_windows=4", "--eval_interval=4", "--save_interval=3", "--warmup=4", "--batch_size=4", "--candidates=4",
          "--device=cpu"]
 
