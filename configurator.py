@@ -36,7 +36,7 @@ import torch.distributed as dist
 POSITIVE = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "eval_interval", "eval_windows",
             "save_interval", "learning_rate", "grad_clip", "vocab")
 # What may differ when a run is resumed: how it computes, and which arms it adds; never what it computes.
-FREE_ON_RESUME = ("arms", "device", "compile", "wandb_log", "save_interval", "resume")
+FREE_ON_RESUME = ("arms", "device", "compile", "wandb_log", "save_interval", "resume", "prompt")
 
 
 def refuse(message):

@@ -39,6 +39,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.func import functional_call, grad, grad_and_value, jvp
 
 from configurator import chosen_arms, configure, read_meta_phase, refuse
 from model import GIST, GPT, TRUE, GPTConfig, adamw, bottleneck_mask, sample_tokens
@@ -66,6 +67,10 @@ path = "exact"          # "exact" | "reinforce" | "straight_through" | "soft": h
 distance = "logscore"   # "logscore" | "energy" | "plain": the loss over distances, see above
 tau = 0.1               # what counts as alike, where two own spans at one prefix are at d^2 = 1 on average
 ema_decay = 0.999       # arm ema: the critic's weights are this share old, the rest the learner's, each step
+order = 1               # 1: the bottleneck alone makes the gists; 2: then also how much a step on their distance helps
+order_steps = 100       # order 2: steps of the critic, after the bottleneck's
+inner_length = 0.05     # order 2: length of the learner's inner step, in the norm of all weights
+critic_rate = 3e-4      # order 2: Adam's learning rate of the critic
 # --- model
 n_layer = 3             # blocks; the gist is what enters the last one
 n_head = 4              # heads in each
@@ -99,11 +104,13 @@ ARMS = ("self", "frozen", "ema", "real", "shuffled", "sharpen", "static", "rando
 CONTROLS = ("full", "none", "pool")
 # Settings that the meta phase does not read: with `start`, the others must be those of the run started from.
 SELF_PHASE = ("arms", "self_steps", "hack_margin", "rank", "span", "every", "candidates", "path", "distance", "tau",
-              "ema_decay", "eval_interval", "eval_windows", "save_interval", "device", "compile", "out_dir", "resume",
-              "start", "prompt", "wandb_log")
+              "ema_decay", "order", "order_steps", "inner_length", "critic_rate", "eval_interval",
+              "eval_windows", "save_interval", "device", "compile", "out_dir", "resume", "start", "prompt", "wandb_log")
 # Independent streams of data and of random numbers.
-TEXT, FOREIGN, CHANCE, RULER, PROBE, TABLE = range(6)
+TEXT, FOREIGN, CHANCE, RULER, PROBE, TABLE, INNER, OUTER = range(8)
 RULER_STEPS = 100  # on which the watch is calibrated, the fewest that it takes
+RESTART = 20       # order 2: inner steps after which the learner goes back to the snapshot: a critic that only ever sees
+                   # one learner memorises one good direction
 
 
 # ----------------------------------------------------------------------------------------------
@@ -413,6 +420,51 @@ def self_loss(arm, step, learner, critic, lay, w, foreign, u, tally=None):
     return loss
 
 
+def second_order(learner, theta, critic, lay, w, outer_w, average):
+    """How the critic should have moved the learner's step: (dphi by name, theta' by name, gain in nats).
+
+    One inner step on the distance L(theta, phi) of text w, judged by the cross entropy O of other text outer_w:
+
+        u = g / |g|,  g = grad_theta L        theta' = theta - a u        lam = grad O(theta')
+        w = -(a / |g|) (lam - u <u, lam>)     dphi = d_phi <grad_theta L, w> = d_phi <dL / dlogp, d/de logp(theta + e w)>
+
+    L knows theta through the log probabilities of own tokens alone, so that one forward-mode derivative of those and the
+    slope of L in them, which is a function of phi, are enough. g and lam are averaged over ranks; dphi is linear in what
+    remains and is averaged by the caller.
+    """
+    x, starts = w[:, :-1], starts_of(w.device)
+    phi = {n: p for n, p in critic.model.named_parameters() if p.requires_grad}
+    call = lambda th: lambda tokens, *rest, **options: functional_call(learner, th, (tokens, *rest), options)
+    with torch.no_grad():
+        own, _ = likeliest(read(call(theta), lay, x)[:, starts - 1])
+    d2 = squared_distances(gists(critic, lay, past_of(critic, lay, x), starts,
+                                 torch.cat((own, observed(x, starts).unsqueeze(2)), 2)))
+    target = target_mass(d2)
+
+    def own_logp(th, fused=True):
+        top = read(call(th), lay, x, fused=fused)[:, starts - 1].log_softmax(-1).gather(-1, own[..., 0])
+        return torch.cat((top, torch.log1p(-top.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))), -1)
+
+    def outer(th):
+        return F.cross_entropy(read(call(th), lay, outer_w[:, :-1]).flatten(0, 1), outer_w[:, 1:].flatten())
+
+    g = grad(lambda th: exact_loss(own_logp(th), d2.detach(), target.detach()).mean())(theta)
+    average(list(g.values()))
+    norm = torch.sqrt(sum(t.square().sum() for t in g.values())).clamp_min(1e-30)
+    moved = {n: theta[n] - inner_length / norm * g[n] for n in g}
+    lam, after = grad_and_value(outer)(moved)
+    average(list(lam.values()))
+    along = sum((g[n] * lam[n]).sum() for n in g) / norm ** 2
+    back = {n: -inner_length / norm * (lam[n] - along * g[n]) for n in g}
+    logp, rate = jvp(lambda th: own_logp(th, fused=False), (theta,), (back,))
+    logp = logp.detach().requires_grad_()
+    slope = torch.autograd.grad(exact_loss(logp, d2, target).mean(), logp, create_graph=True)[0]
+    dphi = torch.autograd.grad((slope * rate.detach()).sum(), list(phi.values()), allow_unused=True)
+    with torch.no_grad():
+        gain = outer(theta) - after
+    return {n: t for n, t in zip(phi, dphi) if t is not None}, moved, gain
+
+
 def soft_loss(g):
     """The distance over M own gists and the truth's, last in g [..., M + 1, K], through which the gradient goes."""
     d = (squared_distances(g) + 1e-12).sqrt()
@@ -524,6 +576,27 @@ def follow(judge, learner):
     torch._foreach_lerp_(list(judge.parameters()), list(learner.parameters()), 1 - ema_decay)
 
 
+def train_critic(run, corpus, at, learner, critic, optimizer, lay):
+    """`order_steps` of second order: the critic's weights then, and the gain of the inner step, mean of the last tenth."""
+    theta, gains = None, []
+    critic.model.requires_grad_(True)
+    for step in range(order_steps):
+        if step % RESTART == 0:
+            theta = {n: at["snapshot"]["learner"][n].clone() for n, _ in learner.named_parameters()}
+        dphi, theta, gain = second_order(learner, theta, critic, lay, text(run, corpus, step, INNER),
+                                         text(run, corpus, step, OUTER), run.average)
+        run.average(list(dphi.values()))
+        for n, p in critic.model.named_parameters():
+            p.grad = dphi.get(n)
+        torch.nn.utils.clip_grad_norm_([p for p in critic.model.parameters() if p.grad is not None], grad_clip)
+        optimizer.step()
+        gains.append(gain)
+        if step % eval_interval == 0:
+            run.say(f"second order {step}/{order_steps}: an inner step gains {run.mean(gain):.4f} nats on other text")
+    critic.model.requires_grad_(False)
+    return copy.deepcopy(critic.model.state_dict()), run.mean(torch.stack(gains[-max(1, order_steps // 10):]).mean())
+
+
 @torch.no_grad()
 def make_critics(run, corpus, lay, learner, judge):
     """(the Critics of the arms by kind, their effective rank before whitening): contextual, static and random ones.
@@ -608,11 +681,11 @@ def judge_texts(run, lay, learner, critic, w, arm):
 def report(run, arm, step, why, watch, learner, critic, before, lay, corpus, row):
     """hacks/NNN.md: the critic of now and of the snapshot, on the own spans of now and of the snapshot, on new text.
 
-    before: the GPT as it was in the snapshot. Returns what the summary keeps: {"step", "why", "changed", "judged"}.
+    before: the learner and the critic's GPT as the meta phase left them. Returns what the summary keeps: {"step", "why", "changed", "judged"}.
     """
     w = text(run, corpus, meta_steps + step)
-    learners = dict(then=before, now=learner)
-    judges = dict(then=critic._replace(model=before if critic.model else None), now=critic)
+    learners = dict(then=before[0], now=learner)
+    judges = dict(then=critic._replace(model=before[1] if critic.model else None), now=critic)
     seen = {(c, o): judge_texts(run, lay, learners[o], judges[c], w, arm) for c in judges for o in learners}
     judged = {key: value[3] for key, value in seen.items()}
     if run.first:
@@ -699,7 +772,7 @@ def write_continuations(run, models, corpus, steps=64):
     run.sample(f"==== {prompt} goes on\n")
     for how in ("full", "gist"):
         written, seconds, kept = go_on(run, models[how], how, ids, steps)
-        line = (f"{how}: keys and values of {kept} tokens kept for {len(ids) + steps} read, {1e3 * seconds:.2f} ms a "
+        line = (f"{how}: keys and values of {kept} tokens kept for {len(ids) + steps - 1} read, {1e3 * seconds:.2f} ms a "
                 f"token\n{decode(corpus.encoding, written)!r}")
         run.say(line)
         run.sample(line + "\n\n")
@@ -729,6 +802,10 @@ def check():
         refuse(f"every={every} must be from 1 to {block_size // 2}")
     if span > 1 and path != "reinforce":
         refuse(f"path={path!r} knows single own tokens; with span={span} use --path=reinforce")
+    if order not in (1, 2):
+        refuse(f"order={order} must be 1 (the bottleneck alone) or 2 (and second order)")
+    if order == 2 and path != "exact":
+        refuse(f"path={path!r} has no second order here: it goes with path='exact'")
     if path == "soft" and distance != "plain":
         refuse(f"distance={distance!r} needs several own spans, and path='soft' has one mean of all; use "
                "--distance=plain or --path=straight_through")
@@ -768,11 +845,12 @@ def main():
         models[how] = GPT(GPTConfig(vocab, n_gist + 1, n_layer, n_head, n_embd)).to(run.device, run.weight_dtype)
         optimizers[how] = adamw(models[how], learning_rate)
     learner, optimizer, watch = models["gist"], optimizers["gist"], Watch()
-    judge, before = (copy.deepcopy(learner).requires_grad_(False) for _ in range(2))  # the critic; the snapshot
+    judge, *before = (copy.deepcopy(learner).requires_grad_(False) for _ in range(3))  # the critic; both as they were
     parts = dict(learner=learner, judge=judge, optimizer=optimizer, watch=watch)
     meta_parts = {**parts, **{f"model_{how}": models[how] for how in masks},
                   **{f"optimizer_{how}": optimizers[how] for how in masks}}
-    at = dict(arm="meta", step=0, track=new_track(), arms={}, meta=None, snapshot=None, watches={}, ends={}, real_targets=0,
+    at = dict(arm="meta", step=0, track=new_track(), arms={}, meta=None, snapshot=None, critic=None, gain=None, watches={},
+              ends={}, real_targets=0,
               corpus=corpus_id(corpus))
     tally = {}
     if run.resumed:
@@ -830,16 +908,23 @@ def main():
     snapshot = at["snapshot"]
     critics = {}
     if names:
-        before.load_state_dict(snapshot["learner"])
-        critics, found = make_critics(run, corpus, lay, before, before)
+        for model in before:
+            model.load_state_dict(snapshot["learner"])
+        critics, found = make_critics(run, corpus, lay, *before)
         run.say(f"the gists keep {critics['contextual'].whiten.size(1)} directions, whitened; before that they fill "
                 f"{found:.1f}")
+        if at["critic"] is None:
+            at["critic"] = snapshot["learner"]
+            if order == 2:  # an interrupted run does these steps again
+                at["critic"], at["gain"] = train_critic(
+                    run, corpus, at, learner, critics["contextual"], torch.optim.Adam(before[1].parameters(), critic_rate), lay)
+        before[1].load_state_dict(at["critic"])
     for arm in names:
         kind = arm if arm in critics else "contextual"
         critic = critics[kind]._replace(model=None if kind != "contextual" else learner if arm == "self" else judge)
         if at["arm"] != arm:
             learner.load_state_dict(snapshot["learner"])
-            judge.load_state_dict(snapshot["learner"])
+            judge.load_state_dict(at["critic"])
             optimizer.load_state_dict(copy.deepcopy(snapshot["optimizer"]))
             if arm != "real":
                 if kind not in at["watches"]:
@@ -894,7 +979,8 @@ def main():
         for how in ("gist", "full"):
             models[how].load_state_dict(snapshot["learner"] if how == "gist" else snapshot["controls"]["full"])
         write_continuations(run, models, corpus)
-    extra = {k: at["meta"][k] for k in ("later", "gist_share", "gist_share_by_place") if k in at["meta"]}
+    extra = dict(gain=at["gain"]) if order == 2 else {}
+    extra |= {k: at["meta"][k] for k in ("later", "gist_share", "gist_share_by_place") if k in at["meta"]}
     run.finish(summarise(run, at["meta"], meta_steps, at["arms"], self_steps, **extra), draw_runs)
 
 

@@ -230,6 +230,31 @@ def test_the_score_function_is_unbiased(monkeypatch, distance):
     assert torch.allclose(got, want, atol=1e-5)
 
 
+def test_second_order_equals_finite_differences(tiny, monkeypatch):
+    """Along a random direction of the critic's weights, in float64: the outer loss after the inner step."""
+    monkeypatch.setattr(gb, "tau", 0.5)
+    lay = gb.layout(12, "cpu", torch.float64)
+    judge = GPT(tiny.config).double()
+    judge.load_state_dict(tiny.state_dict())
+    critic = gb.Critic(judge, None, torch.eye(32).double() * 0.2)
+    w, outer_w = torch.randint(0, 7, (2, 2, 13))
+    theta = {n: p.detach() for n, p in tiny.named_parameters()}
+    after = lambda: gb.second_order(tiny, theta, critic, lay, w, outer_w, lambda t: None)
+    dphi, moved, gain = after()
+    step = sum((moved[n] - theta[n]).square().sum() for n in theta).sqrt()
+    assert torch.allclose(step, torch.tensor(gb.inner_length).double())
+    along = {n: torch.randn_like(p) for n, p in judge.named_parameters()}
+    slope = sum((along[n] * dphi[n]).sum() for n in dphi)
+    eps, values = 1e-5, []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for n, p in judge.named_parameters():
+                p.add_(along[n], alpha=sign * eps if sign == 1 else -2 * eps)
+        values.append(after()[2])
+    assert slope.abs() > 1e-6
+    assert torch.allclose(-(values[0] - values[1]) / (2 * eps), slope, rtol=1e-5)  # the gain falls as the loss rises
+
+
 def test_whitened_gists_are_at_distance_one_on_average():
     class Alone:
         def average(self, tensors):
@@ -275,6 +300,13 @@ def test_the_script_runs_on_the_plays_and_goes_on_bit_for_bit(tmp_path, monkeypa
         assert log(folder) == rows
         a, b = (torch.load(tmp_path / f / "ckpt.pt", weights_only=True)["learner"] for f in ("whole", folder.name))
         assert all(torch.equal(a[k], b[k]) for k in a)
+    (tmp_path / "prompt.txt").write_text("Now is the winter of our discontent")
+    in_process(monkeypatch, f"--resume={tmp_path}/whole", "--arms=", f"--prompt={tmp_path}/prompt.txt")
+    said = capsys.readouterr().out
+    # 35 tokens of prompt and 63 of 64 own ones are read: 24 whole chunks of 4 and their gists, and 2 tokens more
+    assert "full: keys and values of 122 tokens kept for 98 read" in said and "gist: keys and values of 26 tokens" in said
+    again = json.loads((tmp_path / "whole/summary.json").read_text())
+    assert again["arms"] == summary["arms"]
 
 
 def test_two_ranks_compute_what_one_does(tmp_path):
@@ -311,6 +343,7 @@ def test_every_path_trains(tiny, monkeypatch, path, distance, span):
     (["--candidates=1"], "candidates=1 must be 2 or more"),
     (["--prompt=nowhere.txt"], "prompt='nowhere.txt' is no file"),
     (["--path=soft"], "use --distance=plain"),
+    (["--order=2", "--path=reinforce"], "it goes with path='exact'"),
 ])
 def test_what_cannot_be_is_refused_in_one_line(monkeypatch, capsys, tmp_path, arguments, says):
     with pytest.raises(SystemExit) as stop:
