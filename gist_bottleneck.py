@@ -269,11 +269,11 @@ def whitening(run, g, keep):
 # ----------------------------------------------------------------------------------------------
 # the signal
 
-def starts_of(where, step=0):
-    """int [N]: where own spans begin at a step: after every true prefix from which one stays in its chunk, `every`-th."""
+def starts_of(where, step=None):
+    """int [N]: where own spans begin: after every true prefix from which one stays in its chunk; at a step, `every`-th."""
     t = torch.arange(1, block_size, device=where)
     t = t[t % chunk + span <= chunk]
-    return t[step % every::every]
+    return t if step is None else t[step % every::every]
 
 
 def observed(x, starts):
@@ -432,7 +432,7 @@ def second_order(learner, theta, critic, lay, w, outer_w, average):
     slope of L in them, which is a function of phi, are enough. g and lam are averaged over ranks; dphi is linear in what
     remains and is averaged by the caller.
     """
-    x, starts = w[:, :-1], starts_of(w.device)
+    x, starts = w[:, :-1], starts_of(w.device)  # all: a meta step is rare, and its signal small
     phi = {n: p for n, p in critic.model.named_parameters() if p.requires_grad}
     call = lambda th: lambda tokens, *rest, **options: functional_call(learner, th, (tokens, *rest), options)
     with torch.no_grad():
