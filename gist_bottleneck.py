@@ -849,9 +849,8 @@ def main():
     parts = dict(learner=learner, judge=judge, optimizer=optimizer, watch=watch)
     meta_parts = {**parts, **{f"model_{how}": models[how] for how in masks},
                   **{f"optimizer_{how}": optimizers[how] for how in masks}}
-    at = dict(arm="meta", step=0, track=new_track(), arms={}, meta=None, snapshot=None, critic=None, gain=None, watches={},
-              ends={}, real_targets=0,
-              corpus=corpus_id(corpus))
+    at = dict(arm="meta", step=0, track=new_track(), arms={}, ends={}, meta=None, snapshot=None, critic=None, gain=None,
+              directions=None, watches={}, real_targets=0, corpus=corpus_id(corpus))
     tally = {}
     if run.resumed:
         if run.resumed["corpus"] != at["corpus"]:
@@ -911,8 +910,8 @@ def main():
         for model in before:
             model.load_state_dict(snapshot["learner"])
         critics, found = make_critics(run, corpus, lay, *before)
-        run.say(f"the gists keep {critics['contextual'].whiten.size(1)} directions, whitened; before that they fill "
-                f"{found:.1f}")
+        at["directions"] = critics["contextual"].whiten.size(1)
+        run.say(f"the gists keep {at['directions']} directions, whitened; before that they fill {found:.1f}")
         if at["critic"] is None:
             at["critic"] = snapshot["learner"]
             if order == 2:  # an interrupted run does these steps again
@@ -979,7 +978,7 @@ def main():
         for how in ("gist", "full"):
             models[how].load_state_dict(snapshot["learner"] if how == "gist" else snapshot["controls"]["full"])
         write_continuations(run, models, corpus)
-    extra = dict(gain=at["gain"]) if order == 2 else {}
+    extra = dict(gain=at["gain"], directions=at["directions"])
     extra |= {k: at["meta"][k] for k in ("later", "gist_share", "gist_share_by_place") if k in at["meta"]}
     run.finish(summarise(run, at["meta"], meta_steps, at["arms"], self_steps, **extra), draw_runs)
 

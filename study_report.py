@@ -1,7 +1,7 @@
 """
-What study 1 says: the tables between the marks of README.md, and figures/stage-1-*.png.
+What the studies say: the tables between the marks of README.md, and figures/stage-*-study.png.
 
-    python study_report.py            # after `python study.py 1`; says how many seeds each number rests on
+    python study_report.py            # after `python study.py 1`, 1-long or 2; says how many seeds each number rests on
 
 Hacks that have not come by an arm's end are counted as its end, and marked with >.
 """
@@ -262,6 +262,45 @@ def long_run():
     return "\n".join(lines) + "\n\n" + "\n\n".join(closing)
 
 
+def carried():
+    """What the gists carry: cross entropies of later chunks by mask, and the share of full minus none."""
+    lines = ["| chunk, gists | meta steps | seeds | full | gists | none | pool | the gists carry | by place in the chunk |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for name in ("base", *(n for n in STUDIES["2"][1] if n.startswith("share-"))):
+        runs = [s for s, _ in load(name, "2").values()]
+        if not runs:
+            continue
+        config, later = runs[0]["config"], [s["later"] for s in runs]
+        cells = [pm([v[k] for v in later], 3) if k in later[0] else "" for k in ("full", "gist", "none", "pool")]
+        extra = ", spread" * (config["place"] == "spread") + ", rewriting" * (config["reconstruct"] > 0)
+        places = zip(*(s["gist_share_by_place"] for s in runs))
+        lines.append(f"| {config['chunk']}, {config['n_gist']}{extra} | {config['meta_steps']} | {len(runs)} | "
+                     + " | ".join(cells) + f" | {pm([s['gist_share'] for s in runs])} | "
+                     + ", ".join(f"{np.mean(p):.2f}" for p in places) + " |")
+    return "\n".join(lines)
+
+
+def gist_arms():
+    """What an arm recovers of real training through the distance of gists, over the points of study 2."""
+    lines = ["| what differs | arm | seeds | steps to hack | recovered | agreement | directions kept | real tokens as targets |",
+             "|---|---|---|---|---|---|---|---|"]
+    plain = STUDIES["2"][1]
+    for name in plain:
+        runs = list(load(name, "2").values())
+        if not runs or not runs[0][0]["arms"]:
+            continue
+        what = " ".join(w for w in plain[name].split() if w.split("=")[0] not in ("--start", "--arms", "--eval_interval"))
+        for arm in runs[0][0]["arms"]:
+            last = [next(r for r in reversed(rows) if r["arm"] == arm) for _, rows in runs]
+            shares = [s["arms"][arm]["recovered"] for s, _ in runs]
+            agree = "" if arm == "real" else pm([r["agreement"] for r in last])
+            lines.append(f"| {f'`{what}`' if what else 'nothing'} | `{arm}` | {len(runs)} | "
+                         f"{hack_text([s for s, _ in runs], arm)} | {pm(shares)} | {agree} | "
+                         f"{np.mean([s['directions'] for s, _ in runs]):.0f} | "
+                         f"{np.mean([r['real_targets'] for r in last]):,.0f} |")
+    return "\n".join(lines)
+
+
 def draw():
     FIGURES.mkdir(exist_ok=True)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
@@ -297,7 +336,8 @@ def main():
     if not load("base"):
         refuse(f"{OUT}/study-1 holds no finished run of the point base; run python study.py 1 first")
     parts = dict(levers=lever_table(), ensembles=ensemble_table(), law=law(), order=breaking_order(),
-                 judged=cross_examination(), watch=watch_score(), rescues=rescues(), long=long_run())
+                 judged=cross_examination(), watch=watch_score(), rescues=rescues(), long=long_run(), carried=carried(),
+                 gist_arms=gist_arms())
     text = README.read_text()
     for name, content in parts.items():
         print(content, "\n")
