@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad, jvp
 
-from model import GPT, GPTConfig, OWN, TRUE, attention_mask, norm, rollout, rotary_table, rotate, sample_tokens
+from model import GIST, GPT, GPTConfig, OWN, TRUE, attention_mask, bottleneck_mask, norm, rollout, rotary_table, rotate, sample_tokens
 
 
 def small_gpt(**sizes):
@@ -40,6 +40,43 @@ def test_masks_equal_the_tables_written_out():
     kind = torch.tensor([TRUE] * 4 + [OWN] * 4)
     chunk = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])
     assert torch.equal(attention_mask(kind, chunk, torch.arange(4).repeat(2)), rollout_of_two_chunks)
+
+
+def test_bottleneck_masks_equal_the_tables_written_out():
+    gist = table("""1 . . . . .
+                    1 1 . . . .
+                    1 1 1 . . .
+                    . . 1 1 . .
+                    . . 1 1 1 .
+                    . . 1 1 1 1""")
+    none = gist.clone()
+    none[3:, 2] = False
+    kind, chunk = torch.tensor([TRUE, TRUE, GIST] * 2), torch.tensor([0] * 3 + [1] * 3)
+    assert torch.equal(bottleneck_mask(chunk, kind, "gist"), gist)
+    assert torch.equal(bottleneck_mask(chunk, kind, "pool"), gist)
+    assert torch.equal(bottleneck_mask(chunk, kind, "full"), torch.ones(6, 6).tril().bool())
+    assert torch.equal(bottleneck_mask(chunk, kind, "none"), none)
+    spread = table("""1 . . . . . . .
+                      1 1 . . . . . .
+                      1 1 1 . . . . .
+                      1 1 1 1 . . . .
+                      . 1 . 1 1 . . .
+                      . 1 . 1 1 1 . .
+                      . 1 . 1 1 1 1 .
+                      . 1 . 1 1 1 1 1""")  # x0 G0 x1 G1, x2 G0 x3 G1
+    kind, chunk = torch.tensor([TRUE, GIST] * 4), torch.tensor([0] * 4 + [1] * 4)
+    assert torch.equal(bottleneck_mask(chunk, kind, "gist"), spread)
+    with pytest.raises(ValueError, match="must be gist"):
+        bottleneck_mask(chunk, kind, "half")
+
+
+def test_what_enters_a_block_is_what_the_blocks_before_it_make():
+    model, tokens = small_gpt(n_layer=3), torch.randint(0, 11, (2, 5))
+    shorter = small_gpt(n_layer=3)
+    shorter.load_state_dict(model.state_dict())
+    del shorter.blocks[2]
+    assert torch.allclose(model(tokens, residual=2) @ model.head.weight.T, shorter(tokens))
+    assert torch.equal(model(tokens, residual=2, read=slice(3, 4)), model(tokens, residual=2)[:, 3:4])
 
 
 def test_rotation_is_complex_multiplication_and_depends_on_distance_alone():
