@@ -51,6 +51,7 @@ def stage_1():
     x, obs = w[:, :-1], w[:, 1:]
     gpt, library = GPT(GPTConfig(V, 1, self_ce.n_layer, self_ce.n_head, C)), Library()
     critic = GPT(gpt.config)
+    snapshot = {n: p.detach().clone() for n, p in gpt.named_parameters()}
     optimizer, other = adamw(gpt, 1e-4), torch.optim.AdamW(library.parameters(), 1e-4, fused=True)
     watch, values = Watch(), np.random.default_rng(0).random((500, 3))
     watch.calibrate(values, B * T, 0.9, 256)
@@ -71,6 +72,28 @@ def stage_1():
         loss, _ = self_ce.self_loss(run, arm, gpt, [critic], w, obs, 0, {})
         self_ce.take_step(run, gpt, optimizer, loss)
 
+    def with_lever(**levers):
+        """A self step of the frozen arm with levers of the self phase."""
+        before = {k: getattr(self_ce, k) for k in levers}
+        vars(self_ce).update(levers)
+        loss, logits = self_ce.self_loss(run, "frozen", gpt, [critic], w, obs, 0, {})
+        if self_ce.keep_meta:
+            own, seen = self_ce.kept_pairs(run, None, gpt, None, 0)
+            loss = loss + self_ce.keep_meta * self_ce.imitation(self_ce.critic_logits(gpt, own, seen), seen)
+        if self_ce.anchor:
+            loss = loss + self_ce.anchor * self_ce.leash(gpt, snapshot, x, logits)
+        old = [p.detach().clone() for p in gpt.parameters()] if self_ce.trust else None
+        self_ce.take_step(run, gpt, optimizer, loss)
+        if old:
+            self_ce.hold_back(run, gpt, old, x, logits)
+        vars(self_ce).update(before)
+
+    def adversarial(kind):
+        before = self_ce.adversarial, self_ce.adversary
+        self_ce.adversarial, self_ce.adversary = 0.3, kind
+        meta(False)
+        self_ce.adversarial, self_ce.adversary = before
+
     def watching():
         """The watch's share of ten steps: ten values of each stream, and one reading of the probe."""
         with torch.no_grad():
@@ -80,8 +103,12 @@ def stage_1():
     return {"plain step": lambda: plain(gpt, optimizer),
             "plain step, explicit attention": lambda: plain(gpt, optimizer, fused=False),
             "torch.nn.TransformerEncoder": lambda: plain(library, other),
-            "meta step": lambda: meta(False), "meta step, order 2": lambda: meta(True),
+            "meta step": lambda: meta(False), "meta step, order=2": lambda: meta(True),
+            "meta step, adversary random": lambda: adversarial("random"),
+            "meta step, adversary flips": lambda: adversarial("flips"),
             "self step, real": lambda: in_self_phase("real"), "self step, frozen": lambda: in_self_phase("frozen"),
+            "self step, keep_meta random": lambda: with_lever(keep_meta=0.1),
+            "self step, anchor": lambda: with_lever(anchor=0.3), "self step, trust": lambda: with_lever(trust=0.001),
             "the watch, each ten steps": watching}
 
 

@@ -61,21 +61,6 @@ def recovered_at(point, arm, base, step=400):
     return shares
 
 
-def cost(point, arm, base):
-    """Seconds of the run's meta phase and 400 steps of the arm over those of the base run's arm `self`."""
-    def seconds(summary, rows, name, meta_rows):
-        own = [r["tok_per_s"] for r in rows if r["arm"] == name and r["step"]]
-        meta = [r["tok_per_s"] for r in meta_rows if r["arm"] == "meta" and r["step"]]
-        per_step = summary["config"]["batch_size"] * summary["config"]["block_size"]
-        return per_step * (summary["meta_steps"] / np.median(meta) + 400 / np.median(own))
-    ratios = []
-    for seed, (summary, rows) in point.items():
-        if seed in base:
-            meta_rows = rows if any(r["arm"] == "meta" for r in rows) else base[seed][1]
-            ratios.append(seconds(summary, rows, arm, meta_rows) / seconds(*base[seed], "self", base[seed][1]))
-    return ratios
-
-
 LEVERS = (  # (row, point, arm)
     ("none", "base", "self"), ("none", "base", "ema"), ("none", "base", "frozen"), ("none", "base", "shuffled"),
     ("none", "base", "sharpen"), ("`adversarial=.3` random", "random", "self"),
@@ -93,15 +78,15 @@ LEVERS = (  # (row, point, arm)
 
 def lever_table():
     base = load("base")
-    lines = ["| lever | arm | seeds | steps to hack | recovered at 400 | real tokens as targets | time |",
-             "|---|---|---|---|---|---|---|"]
+    lines = ["| lever | arm | seeds | steps to hack | recovered at 400 | real tokens as targets |",
+             "|---|---|---|---|---|---|"]
     for row, name, arm in LEVERS:
         point = {s: run for s, run in load(name).items() if arm in run[0]["arms"]}
         if not point:
             continue
         real = np.mean([at(rows, arm, 400, "real_targets") for _, rows in point.values()])
         lines.append(f"| {row} | `{arm}` | {len(point)} | {hack_text([s for s, _ in point.values()], arm)} | "
-                     f"{pm(recovered_at(point, arm, base))} | {real:,.0f} | {np.mean(cost(point, arm, base)):.2f} |")
+                     f"{pm(recovered_at(point, arm, base))} | {real:,.0f} |")
     return "\n".join(lines)
 
 
