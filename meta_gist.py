@@ -1,0 +1,297 @@
+"""
+Stage 3: can the signal itself be learned, by how much learning from it helps?
+
+    python meta_gist.py                                        # two cores, about 4 minutes
+    python meta_gist.py --own=rollout --chunk=4                # gists of chunks that the learner wrote alone
+    torchrun --standalone --nproc_per_node=8 meta_gist.py      # the same numbers on any number of ranks
+
+The learner p_θ writes; the critic φ makes gists of what was observed, b, and of what the learner said itself, a, and
+praises tokens by their nearness to them, T_φ(v | gist) = softmax_v κ cos(E_v, gist):
+
+    L(θ, φ) = −Σ_v [T_φ(v | b) − mean T_φ(v | a)] log p_θ(v)     the signal: its mean is zero where own text is like true
+    θ′ = θ − length · u,   u = g/‖g‖,   g = ∇_θ L(θ, φ)          the inner step: the learner learns from it
+    O(θ′) = cross entropy of θ′ on other text                    the outer loss: did that help?
+    φ ← φ − rate · dO(θ′)/dφ                                     the meta step: what would have helped more?
+
+Nothing else tells the gists what to mean. In the code θ is theta, φ is phi, g the gradient, u the direction; lam is
+∇O(θ′) and w what it becomes pulled back through the step. An arm is one self phase: θ moves by ∇L alone, φ is given.
+"""
+import copy
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call, grad, grad_and_value, jvp
+
+from configurator import chosen_arms, configure, read_meta_phase, refuse
+from model import GIST, GPT, OWN, OWN_GIST, TRUE, GPTConfig, adamw, attention_mask, rollout, sample_tokens
+from plot import draw_runs
+from prepare_data import corpus_id, decode, get_batch, open_corpus, prepare, val_windows
+from watch import MEMORY, STREAMS, Gold, Watch, new_track, summarise, track_gold, write_report
+
+# --- experiment
+arms = "real,frozen,self,ema,shuffled,sharpen"  # any of self, frozen, ema, real, shuffled, sharpen, with commas
+meta_steps = 700        # steps of the meta phase: the learner's, then the critic's
+pretrain = 500          # of these, steps of the learner alone, on real text; the rest trains the critic
+self_steps = 500        # steps of each arm, with the critic's signal
+hack_margin = 0.1       # nats above the best gold, three evaluations running, that count as hacked
+# --- the signal
+own = "dense"           # "dense" | "forced" | "rollout": own tokens after true prefixes, all at once or sampled; or alone
+chunk = 1               # tokens that the learner writes alone, from a true prefix
+n_gist = 1              # gists of a chunk; gist j reads the j-th part of it
+gist_layer = 0          # blocks that a gist passes through; 0: it is the mean of its tokens' embeddings
+gist_b = "truth"        # "truth" | "own+truth": what the gist of the observation reads
+samples = 2             # own texts for each observation, unless own is dense
+zero_mean = True        # subtract what the critic says when it reads own text in the observation's place
+kappa = 1.0             # sharpness that the critic starts with
+# --- second order
+inner_steps = 1         # steps that the learner takes before the outer loss judges
+rule = "fixed"          # "fixed" | "proportional" | "sgd": an inner step is as long as length, times ‖θ‖, times ‖g‖
+length = 0.05           # length of an inner step, in the norm of all weights
+mixed = "forward"       # "forward" | "difference" | "graph": how ∂⟨∇L, w⟩ is computed; graph is the reference
+val_chunks = "random"   # "next" | "random" | "similar": which text judges: what follows, any, or the nearest by gists
+outer_batch = 64        # sequences that judge
+critic_rate = 0.03      # Adam's learning rate of φ
+pool = 4                # learners that the critic is trained on, in turn
+pool_self = 0.5         # share of them that move by the signal; the others move by real text
+pool_steps = 40         # steps after which a learner of the pool starts again; sooner if its gold is hacked
+# --- self phase
+self_step = "adamw"     # "adamw" | "fixed": how an arm steps: AdamW goes on, or steps of the inner step's length
+self_rate = 1.0         # rate or length of the self phase, as a share of the meta phase's
+ema_decay = 0.999       # arm ema: the share by which the critic stays behind the learner, each step
+# --- model
+n_layer = 2             # blocks
+n_head = 4              # heads in each
+n_embd = 128            # width
+block_size = 64         # text tokens in a sequence
+# --- data
+dataset = "plays"       # plays, tinyshakespeare, fineweb-edu, or a text file or folder of your own
+vocab = 512             # tokens: 256 is plain bytes, 50257 is GPT-2's, any other a BPE trained on the corpus
+train_tokens = 0        # use only the first so many training tokens, repeated; 0 is all
+# --- optimisation
+batch_size = 8          # sequences a step, over all ranks
+learning_rate = 1e-3    # AdamW, constant after the warm-up
+warmup = 50             # steps from 0 to learning_rate
+grad_clip = 1.0         # largest gradient norm
+# --- run
+seed = 1                # of weights and data
+eval_interval = 10      # steps between two lines of the log
+eval_windows = 64       # held-out sequences that gold is measured on
+save_interval = 200     # steps between two checkpoints
+device = "auto"         # "auto" | "cuda" | "mps" | "cpu": auto takes the first that is there
+dtype = "float32"       # "float32" | "bfloat16" | "float64": bfloat16 is autocast over float32 weights
+out_dir = "out/meta_gist"  # the run's folder; an earlier run there is moved aside
+resume = ""             # the folder of a run to go on with
+start = ""              # the folder of a run whose finished meta phase to start from, instead of one's own
+wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Biases
+
+ARMS = ("self", "frozen", "ema", "real", "shuffled", "sharpen")
+# Settings that the meta phase does not read: with `start`, the others must be those of the run started from.
+SELF_PHASE = ("arms", "self_steps", "hack_margin", "self_step", "self_rate", "ema_decay", "eval_interval",
+              "eval_windows", "save_interval", "device", "out_dir", "resume", "start", "wandb_log")
+# Independent streams of data and of random numbers.
+TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, OTHER = range(8)
+
+
+# ----------------------------------------------------------------------------------------------
+# what the learner says, and what the critic makes of it
+
+def kernel(phi, gists):
+    """T(v | gist) = softmax_v κ cos(E_v, gist), for gists [..., C]: [..., V]. What the critic praises, given a gist."""
+    unit = lambda t: F.normalize(t, dim=-1)
+    return (phi["log_kappa"].exp() * unit(gists) @ unit(phi["embed.weight"][:vocab]).T).softmax(-1)
+
+
+def speak(learner, theta, x, u=None):
+    """What the learner says in the observation's place, on x [B, T].
+
+    dense: p [B, T, V], its distribution after each true prefix. forced: tokens drawn from it, int [B, R, T].
+    rollout: the same shape, but each chunk of it is written alone, after the true text before the chunk. u: uniform
+    numbers [B, R, T].
+    """
+    call = lambda tokens, **options: functional_call(learner, theta, (tokens,), options)
+    if own == "dense":
+        return call(x).softmax(-1)
+    R, n = u.size(1), block_size // chunk
+    if own == "forced":
+        return sample_tokens(call(x).detach()[:, None].expand(-1, R, -1, -1), u)
+    starts = torch.arange(1, block_size + 1, chunk, device=x.device)
+    y = rollout(call, x.repeat_interleave(R, 0), starts, chunk, u.flatten(0, 1).unflatten(1, (n, chunk)))
+    return y.view(u.shape)
+
+
+def layout(device, gists):
+    """(kind, chunk, position), int [L] each, of what the packed sequences hold; see `attention_mask`.
+
+    The learner's: true tokens 0 to T − 1, then each chunk's own tokens but its last. The critic's, gists = True: true
+    tokens 0 to T, all own tokens, then the gists of own chunks and of true ones, each at the end of what it reads.
+    """
+    T, long, span = block_size, chunk if gists else chunk - 1, chunk // n_gist
+    start = 1 + chunk * torch.arange(T // chunk, device=device)[:, None]
+    own_pos = (start + torch.arange(long, device=device)).flatten()
+    parts = [(TRUE, torch.arange(T + gists, device=device)), (OWN, own_pos)]
+    if gists:
+        end = (start + span * torch.arange(1, n_gist + 1, device=device) - 1).flatten()
+        parts += [(OWN_GIST, end), (GIST, end)]
+    kind = torch.cat([torch.full_like(p, k) for k, p in parts])
+    pos = torch.cat([p for _, p in parts])
+    return kind, (pos + chunk - 1) // chunk, pos
+
+
+def log_p(learner, theta, x, said, **options):
+    """log p_θ(v) at every own position: [B, T, V] after true prefixes, [B, R, T, V] after own ones."""
+    if own != "rollout":
+        logp = functional_call(learner, theta, (x,), options).log_softmax(-1)
+        return logp if own == "dense" else logp[:, None]
+    (B, R, T), n = said.shape, block_size // chunk
+    kind, chunks, pos = layout(x.device, False)
+    last = said.view(B * R, n, chunk)[..., :-1].flatten(1)
+    packed = torch.cat((x.repeat_interleave(R, 0), last), 1)
+    first = chunk * torch.arange(n, device=x.device)[:, None]                # the true token before each chunk, then own
+    then = T + torch.arange(last.size(1), device=x.device).view(n, chunk - 1)
+    options.update(pos=pos, mask=attention_mask(kind, chunks, pos), read=torch.cat((first, then), 1).flatten())
+    return functional_call(learner, theta, (packed,), options).log_softmax(-1).view(B, R, T, -1)
+
+
+def gists(critic, phi, w, said):
+    """(b, a), [B, R, n_gists, C] each: gists of the true chunks and of the own ones, all chunks of all texts at once.
+
+    A gist starts as the mean of the embeddings of its part of the chunk, and the blocks add the context.
+    """
+    (B, R, T), table, span = said.shape, phi["embed.weight"], chunk // n_gist
+    mean = lambda tokens: table[tokens].unflatten(-2, (-1, span)).mean(-2)   # [..., T, C] -> [..., T / span, C]
+    b, a = mean(w[:, 1:])[:, None].expand(-1, R, -1, -1), mean(said)
+    if gist_layer == 0:
+        return b, a
+    kind, chunks, pos = layout(w.device, True)
+    mark = table[vocab:].repeat(T // chunk, 1)                               # gist j of each chunk has row vocab + j
+    tokens = torch.cat((w[:, None].expand(-1, R, -1), said), 2)
+    packed = torch.cat((table[tokens], a + mark, b + mark), 2).flatten(0, 1)
+    mask = attention_mask(kind, chunks, pos, gist_b == "own+truth")
+    body = {k: v for k, v in phi.items() if k != "log_kappa"}
+    out = functional_call(critic, body, (packed,), dict(pos=pos, mask=mask, fused=False, residual=gist_layer))
+    a, b = out.view(B, R, len(pos), -1)[:, :, -2 * mark.size(0):].chunk(2, 2)
+    return b, a
+
+
+def signal(critic, phi, w, seen, said):
+    """a(v), praise and blame for each token that the learner might have said: [B, T, V], or [B, R, T, V] of samples.
+
+    seen: the observation, int [B, T]. said: what the learner says in its place; subtracted is what the critic makes of
+    that: exactly, Σ_x′ p(x′) T(v | x′), or the mean over the other samples.
+    """
+    if own == "dense":
+        table = kernel(phi, phi["embed.weight"][:vocab])                     # [V, V], T(· | x) of every token x
+        return table[seen] - said @ table if zero_mean else table[seen]
+    b, a = gists(critic, phi, torch.cat((w[:, :1], seen), 1), said)
+    praised, own_praised = kernel(phi, b), kernel(phi, a)
+    others = (own_praised.sum(1, keepdim=True) - own_praised) / (said.size(1) - 1) if zero_mean else 0
+    return (praised - others).repeat_interleave(chunk // n_gist, 2)
+
+
+# ----------------------------------------------------------------------------------------------
+# second order, in the order of its equations: pure functions of theta and phi, dicts of tensors by name
+
+def inner_loss(learner, theta, a, x, said, **options):
+    """L = −Σ_v a(v) log p_θ(v), nats, mean over own positions."""
+    return -(a * log_p(learner, theta, x, said, **options)).sum(-1).mean()
+
+
+def cross_entropy(learner, theta, w, **options):
+    """Nats a token of text w [B, T + 1]: the outer loss, and the real arm's."""
+    logits = functional_call(learner, theta, (w[:, :-1],), options)
+    return F.cross_entropy(logits.flatten(0, 1), w[:, 1:].flatten())
+
+
+def dot(a, b):
+    return sum((a[n] * b[n]).sum() for n in a)
+
+
+def add(a, b, scale=1.0):
+    return {n: a[n] + scale * b[n] for n in a}
+
+
+def inner_gradient(nets, theta, phi, batch, u, average):
+    """(what the learner says, a, g = ∇_θ L averaged over ranks, L). batch: (w, seen); u: see `speak`."""
+    (learner, critic), (w, seen) = nets, batch
+    said = speak(learner, theta, w[:, :-1], u)
+    a = signal(critic, phi, w, seen, said)
+    g, loss = grad_and_value(lambda th: inner_loss(learner, th, a, w[:, :-1], said))(theta)
+    average(list(g.values()))
+    return said, a, g, loss
+
+
+def inner_step(theta, g):
+    """θ′ = θ − length · u, with u = g/‖g‖; proportional: length · ‖θ‖; sgd: length · ‖g‖. g is averaged by now."""
+    if rule == "sgd":
+        return add(theta, g, -length)
+    far = length * dot(theta, theta).sqrt() if rule == "proportional" else length
+    return add(theta, g, -far / dot(g, g).sqrt().clamp_min(1e-30))
+
+
+def pull_back(theta, g, lam):
+    """(w, λ) before an inner step: w = −(length/‖g‖)(λ − u⟨u, λ⟩), by which L enters; and λ, with what ‖θ‖ adds."""
+    if rule == "sgd":
+        return {n: -length * lam[n] for n in lam}, lam
+    norm = dot(g, g).sqrt().clamp_min(1e-30)
+    along = dot(g, lam) / norm                                   # ⟨u, λ⟩
+    size = dot(theta, theta).sqrt() if rule == "proportional" else 1.0
+    w = {n: -length * size / norm * (lam[n] - g[n] * along / norm) for n in lam}
+    return w, add(lam, theta, -length * along / size) if rule == "proportional" else lam
+
+
+def mixed_product(nets, theta, phi, batch, said, w, wrt):
+    """∂ ⟨∇_θ L(θ, φ), w⟩ by θ and φ, as a tuple of those of the two that wrt, (1,) or (0, 1), names.
+
+    That is the derivative of dL/dε at θ + εw. Forward mode gives dL/dε exactly; the difference of two gradients needs
+    first order only. Where what the learner says is a distribution, the critic reads a function of θ.
+    """
+    (learner, critic), (text, seen) = nets, batch
+
+    def loss(moved, th, ph, **options):
+        read = speak(learner, th, text[:, :-1]) if own == "dense" and 0 in wrt else said
+        return inner_loss(learner, moved, signal(critic, ph, text, seen, read), text[:, :-1], said, **options)
+    if mixed == "forward":
+        return grad(lambda th, ph: jvp(lambda moved: loss(moved, th, ph, fused=False), (th,), (w,))[1], wrt)(theta, phi)
+    eps = torch.finfo(dot(w, w).dtype).eps ** (1 / 3) * (dot(theta, theta) / dot(w, w).clamp_min(1e-30)).sqrt()
+    up, down = (grad(lambda th, ph: loss(add(th, w, e), th, ph), wrt)(theta, phi) for e in (eps, -eps))
+    return tuple(add({n: t / (2 * eps) for n, t in a.items()}, b, -1 / (2 * eps)) for a, b in zip(up, down))
+
+
+def meta_step(nets, theta, phi, batches, chances, outer, average):
+    """(dφ, O(θ_S), θ_S): how the critic should have moved S = len(batches) inner steps, so that O had been lower.
+
+    batches: (w, seen) of each step; chances: its uniform numbers; outer: text w that judges. average: of a list of
+    tensors over ranks, in place. g, ∇O and the mixed products are linear in what each rank sees: averaged, N ranks
+    compute what one does. The average of each rank's own dφ would be another thing.
+    """
+    trail = []
+    for batch, u in zip(batches, chances):                       # of each step are kept θ_k, g_k and what was said
+        said, _, g, _ = inner_gradient(nets, theta, phi, batch, u, average)
+        trail.append((theta, g, batch, said))
+        theta = inner_step(theta, g)
+    if mixed == "graph":
+        dphi, loss = grad_and_value(unrolled, 2)(nets, trail[0][0], phi, trail, outer)
+        return dphi, loss, theta
+    lam, loss = grad_and_value(lambda th: cross_entropy(nets[0], th, outer))(theta)          # λ = ∇O(θ_S)
+    average(list(lam.values()))
+    dphi = {n: torch.zeros_like(p) for n, p in phi.items()}
+    for k, (before, g, batch, said) in reversed(list(enumerate(trail))):
+        w, lam = pull_back(before, g, lam)
+        *by_theta, by_phi = mixed_product(nets, before, phi, batch, said, w, (0, 1) if k else (1,))
+        average([t for part in (*by_theta, by_phi) for t in part.values()])
+        dphi = add(dphi, by_phi)                                 # dφ += ∂_φ ⟨∇_θ L(θ_k, φ), w⟩
+        lam = add(lam, by_theta[0]) if k else lam                # λ  += ∂_θ ⟨∇_θ L(θ_k, φ), w⟩
+    return dphi, loss, theta
+
+
+def unrolled(nets, theta, phi, trail, outer):
+    """O(θ_S) as one function of φ, for the textbook's derivative: the whole unroll is kept as a graph. One rank only."""
+    learner, critic = nets
+    for _, _, (w, seen), said in trail:
+        said = speak(learner, theta, w[:, :-1]) if own == "dense" else said
+        a = signal(critic, phi, w, seen, said)
+        g = grad(lambda th, a, said: inner_loss(learner, th, a, w[:, :-1], said, fused=False))(theta, a, said)
+        theta = inner_step(theta, g)
+    return cross_entropy(learner, theta, outer, fused=False)
