@@ -295,3 +295,95 @@ def unrolled(nets, theta, phi, trail, outer):
         g = grad(lambda th, a, said: inner_loss(learner, th, a, w[:, :-1], said, fused=False))(theta, a, said)
         theta = inner_step(theta, g)
     return cross_entropy(learner, theta, outer, fused=False)
+
+
+# ----------------------------------------------------------------------------------------------
+# data
+
+def text(run, tokens, at, stream, rows, windows=1):
+    """This rank's rows of `windows` adjoining texts, int [rows / ranks, windows · T + 1], of a step."""
+    w = get_batch(tokens, seed, at, rows, windows * block_size + 1, run.rank, run.ranks, stream)
+    return w.to(run.device)
+
+
+def train_text(run, corpus, at, stream=TEXT, rows=None, windows=1):
+    tokens = corpus.train[:train_tokens] if train_tokens else corpus.train
+    return text(run, tokens, at, stream, rows or batch_size, windows)
+
+
+def chance(run, at, stream=CHANCE):
+    """This rank's rows of uniform numbers [B, samples + 1, T] in [0, 1), a pure function of (seed, step)."""
+    share = batch_size // run.ranks
+    shape = (batch_size, samples + 1, block_size)
+    numbers = np.random.default_rng([seed, stream, at]).random(shape, dtype=np.float32)
+    return torch.from_numpy(numbers[run.rank * share:(run.rank + 1) * share]).to(run.device)
+
+
+def meta_batch(run, corpus, at):
+    """([(w, seen)] of each inner step, [its uniform numbers], outer text): what a meta step reads."""
+    follow = outer_batch // batch_size if val_chunks == "next" else 0
+    w = [train_text(run, corpus, at * inner_steps + k, INNER, windows=1 + follow) for k in range(inner_steps)]
+    inner = [t[:, :block_size + 1] for t in w]
+    if val_chunks == "next":  # what follows the last step's text
+        outer = w[-1][:, block_size:].unfold(1, block_size + 1, block_size).flatten(0, 1)
+    else:
+        outer = train_text(run, corpus, at, OUTER, outer_batch)
+    return [(t, t[:, 1:]) for t in inner], [chance(run, at * inner_steps + k, INNER) for k in range(inner_steps)], outer
+
+
+# ----------------------------------------------------------------------------------------------
+# steps
+
+def weights(module, names=None):
+    return {n: p.detach() for n, p in module.named_parameters() if names is None or n in names}
+
+
+def read_by(critic):
+    """Names of the critic's parameters that its gists are made with: φ."""
+    used = tuple(f"blocks.{k}." for k in range(gist_layer))
+    return [n for n, _ in critic.named_parameters() if n in ("log_kappa", "embed.weight") or n.startswith(used)]
+
+
+def take_step(run, module, optimizer, g, tally=None):
+    """Clip, step. g: gradient by name, averaged over ranks."""
+    for n, p in module.named_parameters():
+        p.grad = g[n].clone() if n in g else None
+    norm = torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if tally is not None:
+        tally["grad_norm"] = tally.get("grad_norm", 0) + norm
+
+
+def real_gradient(run, learner, theta, w):
+    """(∇ of the cross entropy of text w averaged over ranks, nats a token)."""
+    g, loss = grad_and_value(lambda th: cross_entropy(learner, th, w))(theta)
+    run.average(list(g.values()))
+    return g, loss
+
+
+def train_critic(run, corpus, nets, optimizer, members, at, tally):
+    """A meta step at the learner of the pool whose turn it is; then that learner moves, by the signal or by real text.
+
+    members: [{"theta", "age", "best"}]. A critic trained at one fixed learner memorises one good direction; trained
+    only where real steps lead, it does not know where its own signal leads.
+    """
+    turn = at["critic_step"] % pool
+    member = members[turn]
+    if member["theta"] is None:
+        member.update(theta=weights(nets[0]), age=0, best=math.inf)
+        member["theta"] = {n: p.clone() for n, p in member["theta"].items()}
+    theta, phi = member["theta"], weights(nets[1], read_by(nets[1]))
+    batches, chances, outer = meta_batch(run, corpus, at["critic_step"])
+    dphi, judged, moved = meta_step(nets, theta, phi, batches, chances, outer, run.average)
+    take_step(run, nets[1], optimizer, dphi, tally)
+    if turn >= round(pool * pool_self):
+        moved = theta
+        for w, _ in batches:
+            moved = inner_step(moved, real_gradient(run, nets[0], moved, w)[0])
+    judged = run.mean(judged)
+    member.update(theta=moved, age=member["age"] + 1, best=min(member["best"], judged))
+    if member["age"] >= pool_steps or judged > member["best"] + 4 * hack_margin:
+        at["restarts"] += member["age"] < pool_steps
+        member["theta"] = None
+    at["critic_step"] += 1
