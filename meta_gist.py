@@ -92,6 +92,8 @@ SELF_PHASE = ("arms", "self_steps", "hack_margin", "self_step", "self_rate", "em
               "eval_windows", "save_interval", "device", "out_dir", "resume", "start", "wandb_log")
 # Independent streams of data and of random numbers.
 TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, OTHER = range(8)
+MEASURED = 4  # inner steps that a line of the log is the mean of
+FOUND = ("gain", "gain_shuffled", "gain_real", "cosine_real", "cos_bb", "cos_bb_real")  # see `measure`
 
 
 # ----------------------------------------------------------------------------------------------
@@ -260,7 +262,7 @@ def mixed_product(nets, theta, phi, batch, said, w, wrt):
 
 
 def meta_step(nets, theta, phi, batches, chances, outer, average):
-    """(dφ, O(θ_S), θ_S): how the critic should have moved S = len(batches) inner steps, so that O had been lower.
+    """(dφ, O(θ_S), θ_S, (said, a, L) of the first step): how φ should have moved S inner steps, so that O had been lower.
 
     batches: (w, seen) of each step; chances: its uniform numbers; outer: text w that judges. average: of a list of
     tensors over ranks, in place. g, ∇O and the mixed products are linear in what each rank sees: averaged, N ranks
@@ -268,12 +270,13 @@ def meta_step(nets, theta, phi, batches, chances, outer, average):
     """
     trail = []
     for batch, u in zip(batches, chances):                       # of each step are kept θ_k, g_k and what was said
-        said, _, g, _ = inner_gradient(nets, theta, phi, batch, u, average)
+        said, a, g, inner = inner_gradient(nets, theta, phi, batch, u, average)
+        heard = heard if trail else (said, a, inner)
         trail.append((theta, g, batch, said))
         theta = inner_step(theta, g)
     if mixed == "graph":
         dphi, loss = grad_and_value(unrolled, 2)(nets, trail[0][0], phi, trail, outer)
-        return dphi, loss, theta
+        return dphi, loss, theta, heard
     lam, loss = grad_and_value(lambda th: cross_entropy(nets[0], th, outer))(theta)          # λ = ∇O(θ_S)
     average(list(lam.values()))
     dphi = {n: torch.zeros_like(p) for n, p in phi.items()}
@@ -283,7 +286,7 @@ def meta_step(nets, theta, phi, batches, chances, outer, average):
         average([t for part in (*by_theta, by_phi) for t in part.values()])
         dphi = add(dphi, by_phi)                                 # dφ += ∂_φ ⟨∇_θ L(θ_k, φ), w⟩
         lam = add(lam, by_theta[0]) if k else lam                # λ  += ∂_θ ⟨∇_θ L(θ_k, φ), w⟩
-    return dphi, loss, theta
+    return dphi, loss, theta, heard
 
 
 def unrolled(nets, theta, phi, trail, outer):
@@ -362,20 +365,28 @@ def real_gradient(run, learner, theta, w):
     return g, loss
 
 
-def train_critic(run, corpus, nets, optimizer, members, at, tally):
+def pretrain_step(run, corpus, nets, optimizer, step, tally):
+    """The learner learns from real text, as in the arm real."""
+    learner, w = nets[0], train_text(run, corpus, step)
+    g, loss = real_gradient(run, learner, weights(learner), w)
+    note(tally, loss, learner(w[:, :-1]).detach(), w[:, 1:], F.one_hot(w[:, 1:], vocab))
+    take_step(run, learner, optimizer, g, tally)
+
+
+def train_critic(run, corpus, nets, optimizer, at, tally):
     """A meta step at the learner of the pool whose turn it is; then that learner moves, by the signal or by real text.
 
-    members: [{"theta", "age", "best"}]. A critic trained at one fixed learner memorises one good direction; trained
+    at["pool"]: [{"theta", "age", "best"}], theta None where a learner starts anew from the pretrained one. A critic trained at one fixed learner memorises one good direction; trained
     only where real steps lead, it does not know where its own signal leads.
     """
     turn = at["critic_step"] % pool
-    member = members[turn]
+    member = at["pool"][turn]
     if member["theta"] is None:
-        member.update(theta=weights(nets[0]), age=0, best=math.inf)
-        member["theta"] = {n: p.clone() for n, p in member["theta"].items()}
+        member.update(theta=copy.deepcopy(weights(nets[0])), age=0, best=math.inf)
     theta, phi = member["theta"], weights(nets[1], read_by(nets[1]))
     batches, chances, outer = meta_batch(run, corpus, at["critic_step"])
-    dphi, judged, moved = meta_step(nets, theta, phi, batches, chances, outer, run.average)
+    dphi, judged, moved, (said, a, loss) = meta_step(nets, theta, phi, batches, chances, outer, run.average)
+    note(tally, loss, speak_true(nets[0], theta, batches[0][0], said), batches[0][0][:, 1:], a)
     take_step(run, nets[1], optimizer, dphi, tally)
     if turn >= round(pool * pool_self):
         moved = theta
@@ -383,7 +394,379 @@ def train_critic(run, corpus, nets, optimizer, members, at, tally):
             moved = inner_step(moved, real_gradient(run, nets[0], moved, w)[0])
     judged = run.mean(judged)
     member.update(theta=moved, age=member["age"] + 1, best=min(member["best"], judged))
-    if member["age"] >= pool_steps or judged > member["best"] + 4 * hack_margin:
+    if member["age"] >= pool_steps or judged > member["best"] + 2 * hack_margin:
         at["restarts"] += member["age"] < pool_steps
         member["theta"] = None
     at["critic_step"] += 1
+
+
+def speak_true(learner, theta, w, said):
+    """log p [B, T, V] after true prefixes, which is what was said where that is a distribution."""
+    if said.dim() == 3 and said.is_floating_point():
+        return said.log()
+    with torch.no_grad():
+        return functional_call(learner, theta, (w[:, :-1],)).log_softmax(-1)
+
+
+def set_rate(optimizer, at, share=1.0):
+    """The learner's rate at a step, counted from the start of the meta phase."""
+    for group in optimizer.param_groups:
+        group["lr"] = share * learning_rate * min(1.0, (at + 1) / max(1, warmup))
+
+
+def observed(run, corpus, arm, nets, theta, w, at, u):
+    """What the critic reads as the observation: the truth, another text's (shuffled), or the learner's own (sharpen)."""
+    if arm == "shuffled":
+        return train_text(run, corpus, at, FOREIGN)[:, 1:]
+    if arm != "sharpen":
+        return w[:, 1:]
+    said = speak(nets[0], theta, w[:, :-1], u[:, -1:])
+    return sample_tokens(said.log(), u[:, -1]) if own == "dense" else said[:, 0]
+
+
+def arm_step(run, corpus, arm, nets, optimizer, step, tally):
+    """One step of the learner in an arm: the gradient of the signal (or of real cross entropy), then the step."""
+    learner, critic = nets
+    at, theta = meta_steps + step, weights(learner)
+    w, u = train_text(run, corpus, at), chance(run, at)
+    with run.autocast():
+        seen = observed(run, corpus, arm, nets, theta, w, at, u)
+        said, a, g, loss = signal_or_real(run, arm, nets, theta, (w, seen), u)
+        note(tally, loss, speak_true(learner, theta, w, said), w[:, 1:], a)
+    if self_step == "adamw":
+        take_step(run, learner, optimizer, g, tally)
+        return
+    tally["grad_norm"] = tally.get("grad_norm", 0) + dot(g, g).sqrt()
+    moved = inner_step(theta, {n: t * 1.0 for n, t in g.items()})
+    with torch.no_grad():
+        for n, p in learner.named_parameters():
+            p.lerp_(moved[n], self_rate)
+
+
+def signal_or_real(run, arm, nets, theta, batch, u):
+    """As `inner_gradient`; for the real arm the gradient is the cross entropy's, and a names the truth."""
+    if arm != "real":
+        return inner_gradient(nets, theta, weights(nets[1], read_by(nets[1])), batch, u[:, :-1], run.average)
+    w, seen = batch
+    g, loss = real_gradient(run, nets[0], theta, w)
+    said = functional_call(nets[0], theta, (w[:, :-1],)).softmax(-1)
+    return said, F.one_hot(seen, vocab), g, loss
+
+
+def follow(arm, nets, snapshot):
+    """The critic of the arms self and ema is the learner plus what the meta phase made it differ by, now or on average:
+    φ moves as far as the learner has moved from the snapshot, at once (self) or by 1 − ema_decay of the way a step."""
+    decay = ema_decay if arm == "ema" else 0.0
+    theta = dict(nets[0].named_parameters())
+    with torch.no_grad():
+        for n, p in nets[1].named_parameters():
+            if n in read_by(nets[1]) and n != "log_kappa":
+                rows = slice(vocab) if n == "embed.weight" else slice(None)
+                goal = snapshot["critic"][n][rows] + theta[n][rows] - snapshot["learner"][n][rows]
+                p[rows].lerp_(goal, 1 - decay)
+
+
+def start_arm(snapshot, nets, optimizer, watch):
+    """Puts everything back to the end of the meta phase; the optimizer too, for a fresh one would hack by itself."""
+    nets[0].load_state_dict(snapshot["learner"])
+    nets[1].load_state_dict(snapshot["critic"])
+    optimizer.load_state_dict(copy.deepcopy(snapshot["optimizer"]))
+    watch.load_state_dict(snapshot["watch"])
+
+
+# ----------------------------------------------------------------------------------------------
+# the report
+
+@torch.no_grad()
+def note(tally, loss, logits, obs, a):
+    """Adds a step to what the next line of the log will average, without waiting for the device.
+
+    logits [B, T, V]: the learner's after true prefixes. a: what the critic said, [B, T, V] or [B, R, T, V].
+    """
+    logp = logits.log_softmax(-1)
+    told = a.argmax(-1).view(obs.size(0), -1, obs.size(1))
+    surprise = -logp.gather(-1, obs.unsqueeze(-1)).mean()
+    agreement = (told == obs[:, None]).float().mean()
+    entropy = -(logp.exp() * logp).sum(-1).mean()
+    counts = torch.zeros(vocab, device=obs.device)  # not bincount, which waits for the device
+    counts.index_add_(0, told.flatten(), torch.ones_like(told.flatten(), dtype=torch.float32))
+    means = dict(steps=torch.ones_like(loss), loss=loss.detach(), surprise=surprise, agreement=agreement,
+                 echo=(told == logp.argmax(-1)[:, None]).float().mean(), output_entropy=entropy, targets=counts)
+    for name, value in means.items():
+        tally[name] = tally.get(name, 0) + value
+    stream = torch.stack((surprise, agreement, entropy)).float()[None]
+    tally["stream"] = torch.cat((tally["stream"], stream)) if "stream" in tally else stream
+
+
+def measure(run, corpus, nets, theta, phi, at):
+    """One inner step on held-out text, the mean over MEASURED of them: what it gains in nats a token of other held-out
+    text, with the signal, with the signal for another text's observation, and with real targets, all equally long;
+    and cosines of gradients: signal with real, and each with its like on other text (`cos_bb`)."""
+    found = {}
+    for i in range(MEASURED):
+        draw = lambda k, rows=batch_size: text(run, corpus.val, MEASURED * at + i, MEASURE + k, rows)
+        w, again, foreign, other = draw(0), draw(1), draw(2), draw(3, outer_batch)
+        u = chance(run, MEASURED * at + i, MEASURE)[:, :-1]
+        signals = [inner_gradient(nets, theta, phi, batch, u, run.average)[2]
+                   for batch in ((w, w[:, 1:]), (w, foreign[:, 1:]), (again, again[:, 1:]))]
+        real, real_again = (real_gradient(run, nets[0], theta, t)[0] for t in (w, again))
+        cos = lambda a, b: dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().clamp_min(1e-30)
+        far = dot(signals[0], signals[0]).sqrt()
+        before = cross_entropy(nets[0], theta, other)
+        for name, g in dict(gain=signals[0], gain_shuffled=signals[1], gain_real=real).items():
+            g = {n: t * far / dot(g, g).sqrt().clamp_min(1e-30) for n, t in g.items()}
+            found[name] = found.get(name, 0) + before - cross_entropy(nets[0], inner_step(theta, g), other)
+        for name, a, b in (("cosine_real", signals[0], real), ("cos_bb", signals[0], signals[2]),
+                           ("cos_bb_real", real, real_again)):
+            found[name] = found.get(name, 0) + cos(a, b)
+    run.average(list(found.values()))
+    return {name: value.item() / MEASURED for name, value in found.items()}
+
+
+def stored_probe(run, corpus):
+    """(own, obs), int [4, T] both: random strings beside held-out text, on which a critic can be asked at any time."""
+    w = val_windows(corpus.val, 4, block_size + 1)
+    said = np.random.default_rng([seed, PROBE]).integers(0, vocab, (4, samples, block_size))
+    return torch.from_numpy(said).to(run.device), w.to(run.device)
+
+
+@torch.no_grad()
+def praised(nets, phi, theta, w, seen, said=None):
+    """argmax a, int [B, R, T]: the token that the critic praises most. said: int [B, R, T] in place of the learner's."""
+    if said is None:
+        u = torch.full((w.size(0), samples, block_size), 0.5, device=w.device)
+        said = speak(nets[0], theta, w[:, :-1], u)
+    elif own == "dense":
+        said = F.one_hot(said[:, 0], vocab).to(phi["embed.weight"].dtype)
+    return signal(nets[1], phi, w, seen, said).argmax(-1).view(w.size(0), -1, block_size)
+
+
+def write_row(run, corpus, arm, step, steps, tally, nets, gold, probe, optimizer, real_targets, extra):
+    """Logs and shows where the arm stands. Empties the tally; returns the row and the streams of the steps since."""
+    run.average(list(tally.values()))
+    n = tally["steps"].item() if tally else 0
+    mean = {k: (v / n).item() for k, v in tally.items() if v.dim() == 0}
+    share = tally["targets"] / tally["targets"].sum() if n else None
+    nats, bpb = gold(nets[0])
+    said, w = probe
+    phi = weights(nets[1], read_by(nets[1]))
+    told = praised(nets, phi, None, w, w[:, 1:], said)
+    total = step + (meta_steps if arm != "meta" else 0)
+    row = dict(stage="meta_gist", arm=arm, step=step, tokens=total * batch_size * block_size,
+               proxy=mean.pop("loss", None), gold_nats=nats, gold_bpb=bpb, lr=optimizer.param_groups[0]["lr"],
+               **{k: mean.get(k) for k in ("grad_norm", "surprise", "agreement", "echo", "output_entropy")},
+               agreement_probe=(told == w[:, None, 1:]).float().mean().item(),
+               target_top=share.max().item() if n else None,
+               target_entropy=torch.special.entr(share).sum().item() if n else None, kappa=phi["log_kappa"].exp().item(),
+               real_targets=real_targets, tok_per_s=run.speed(n * batch_size * block_size), **extra)
+    run.log(row)
+    run.show(row, steps)
+    stream = tally.get("stream")
+    tally.clear()
+    return row, stream
+
+
+@torch.no_grad()
+def write_samples(run, arm, nets, corpus):
+    """samples.txt: what the learner writes after a held-out prompt, what the critic praises, and what it finds alike."""
+    w = val_windows(corpus.val, 2, block_size + 1).to(run.device)
+    u = torch.from_numpy(np.random.default_rng(seed).random((2, 1, block_size), dtype=np.float32)).to(run.device)
+    written = rollout(nets[0], w[:, :-1], [block_size], block_size, u)[:, 0]
+    phi = weights(nets[1], read_by(nets[1]))
+    own_tokens = nets[0](w[:, :-1]).argmax(-1)
+    told = praised(nets, phi, weights(nets[0]), w, w[:, 1:])[:, 0]
+    show = lambda ids: repr(decode(corpus.encoding, ids.tolist()))
+    frequent = torch.bincount(w.flatten(), minlength=vocab).topk(min(8, vocab)).indices
+    near = kernel(phi, phi["embed.weight"][frequent]).topk(min(4, vocab)).indices
+    run.sample(f"==== after {arm}\n" + "".join(
+        f"prompt       {show(w[i, :-1])}\ngoes on      {show(written[i])}\n"
+        f"own output   {show(own_tokens[i])}\nobservation  {show(w[i, 1:])}\ncritic praises {show(told[i])}\n\n"
+        for i in range(2)) + "alike to the critic: " + "; ".join(
+        " ".join(show(t.view(1)) for t in row) for row in near) + "\n\n")
+
+
+@torch.no_grad()
+def report(run, arm, step, why, watch, nets, snapshot, corpus, row):
+    """hacks/NNN.md: cross-examines the critic and the outputs of now and of the snapshot, on the text that comes next.
+
+    Returns what the summary keeps: {"step", "why", "changed", "judged"}, judged as "critic on outputs": share of
+    positions at which the observation is what the critic praises most.
+    """
+    w, u = train_text(run, corpus, meta_steps + step), chance(run, meta_steps + step)
+    learners = dict(then=snapshot["learner"], now=weights(nets[0]))
+    critics = dict(then={n: snapshot["critic"][n] for n in read_by(nets[1])}, now=weights(nets[1], read_by(nets[1])))
+    outputs = {k: functional_call(nets[0], theta, (w[:, :-1],)).argmax(-1) for k, theta in learners.items()}
+    judged, named = {}, {}
+    for c, phi in critics.items():
+        for o, theta in learners.items():
+            seen = observed(run, corpus, arm, nets, theta, w, meta_steps + step, u)
+            named[c, o] = praised(nets, phi, theta, w, seen)
+            judged[c, o] = run.mean((named[c, o] == w[:, None, 1:]).float().mean())
+    if run.first:
+        texts = {when: tuple(t[0].tolist() for t in (outputs[k], w[:, 1:], named[k, k][:, 0]))
+                 for when, k in (("before: the snapshot", "then"), ("after: now", "now"))}
+        shares = {"praised tokens equal to the observation": row["agreement"],
+                  "praised tokens equal to the own output": row["echo"],
+                  "praised tokens that are the most frequent one": row["target_top"],
+                  "entropy of the praised tokens (nats)": row["target_entropy"],
+                  "entropy of the output (nats)": row["output_entropy"], "gold (nats)": row["gold_nats"]}
+        write_report(run, arm, step, why, watch.order(), judged, texts, shares, corpus.encoding)
+    return dict(step=step, why=why if why == "gold" else "+".join(why), changed=[list(c) for c in watch.order()],
+                judged={f"{c} on {o}": round(value, 4) for (c, o), value in judged.items()})
+
+
+# ----------------------------------------------------------------------------------------------
+# the run
+
+def check(ranks):
+    """The arms by name. Refuses settings that cannot be."""
+    names = chosen_arms(arms, ARMS)
+    if pretrain > meta_steps:
+        refuse(f"pretrain={pretrain} must be at most meta_steps={meta_steps}, of which it is a part")
+    if own == "dense" and (chunk, n_gist, gist_layer) != (1, 1, 0):
+        refuse(f"own='dense' is exact for single tokens: chunk={chunk}, n_gist={n_gist}, gist_layer={gist_layer} must be "
+               "1, 1, 0; use --own=forced or --own=rollout")
+    if chunk < 1 or block_size % chunk:
+        refuse(f"chunk={chunk} must divide block_size={block_size}")
+    if n_gist < 1 or chunk % n_gist:
+        refuse(f"n_gist={n_gist} must divide chunk={chunk}: each gist reads an equal part of it")
+    if gist_layer >= max(n_layer, 1):
+        refuse(f"gist_layer={gist_layer} must be below n_layer={n_layer}: a gist is what enters a block")
+    if gist_b == "own+truth" and not gist_layer:
+        refuse("gist_b='own+truth' needs gist_layer of 1 or more: without attention a gist reads its own part alone")
+    if own != "dense" and samples < 2:
+        refuse(f"samples={samples} must be 2 or more with own={own!r}: each is measured against the others")
+    if not 1 <= inner_steps <= 8:
+        refuse(f"inner_steps={inner_steps} must be from 1 to 8")
+    if kappa <= 0 or length <= 0:
+        refuse(f"kappa={kappa} and length={length} must be above 0")
+    if pool < 1 or pool_self > 1:
+        refuse(f"pool={pool} must be above 0 and pool_self={pool_self} at most 1: it is a share")
+    if mixed == "graph" and ranks > 1:
+        refuse(f"mixed='graph' cannot average inside its graph: it takes one rank, not {ranks}; use forward or difference")
+    if outer_batch < batch_size or outer_batch % batch_size:
+        refuse(f"outer_batch={outer_batch} must be a multiple of batch_size={batch_size}")
+    if ema_decay >= 1:
+        refuse(f"ema_decay={ema_decay} must be below 1: it is the share of the old weights that stays")
+    return names
+
+
+def make_nets(run):
+    """(learner, critic): the same architecture. The critic starts with random embeddings and blocks that add nothing."""
+    torch.manual_seed(seed)
+    learner = GPT(GPTConfig(vocab, 1, n_layer, n_head, n_embd))
+    critic = GPT(GPTConfig(vocab, n_gist, n_layer, n_head, n_embd))
+    critic.embed.weight.data[vocab:] = 0  # a mark on gists, to be learned
+    critic.log_kappa = torch.nn.Parameter(torch.tensor(math.log(kappa)))
+    return tuple(net.to(run.device, run.weight_dtype) for net in (learner, critic))
+
+
+def main():
+    run = configure(globals())
+    names = run.arms_to_go(check(run.ranks), ARMS)
+    if run.local_rank == 0:
+        prepare(dataset, vocab)
+    run.barrier()
+    corpus = open_corpus(dataset, vocab)
+    need = block_size * (1 + (outer_batch // batch_size if val_chunks == "next" else 0))
+    for split, tokens in (("train", corpus.train[:train_tokens or None]), ("validation", corpus.val)):
+        if len(tokens) <= need:
+            refuse(f"block_size={block_size} asks for texts of {need} tokens, and the {split} split has {len(tokens)}")
+
+    nets = learner, critic = make_nets(run)
+    optimizer, watch = adamw(learner, learning_rate), Watch()
+    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=critic_rate, betas=(0.9, 0.99))
+    parts = dict(learner=learner, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer, watch=watch)
+    at = dict(arm="meta", step=0, track=new_track(), arms={}, meta=None, snapshot=None, found=[], critic_step=0,
+              restarts=0, pool=[dict(theta=None) for _ in range(pool)], real_targets=0,
+              streams=torch.zeros(0, 3, device=run.device), corpus=corpus_id(corpus))
+    tally = {}
+    if run.resumed:
+        if run.resumed["corpus"] != at["corpus"]:
+            refuse(f"{corpus.folder} holds another corpus or tokenizer than the one that {run.out_dir} was begun with")
+        run.restore(at, tally, **parts)
+    elif start:
+        at["meta"], at["snapshot"] = read_meta_phase(
+            start, run.stage, run.device, run.settings, SELF_PHASE, at["corpus"])
+        at["arm"], at["found"] = "start", at["snapshot"]["found"]
+    gold = Gold(val_windows(corpus.val, eval_windows, block_size + 1), corpus.token_bytes, run, batch_size // run.ranks)
+    probe = stored_probe(run, corpus)
+    size = sum(p.numel() * p.element_size() for p in [*learner.parameters(), *critic.parameters()])
+    run.open(need_bytes=size * (8 + pool))
+
+    # ---- meta phase: real tokens are the learner's targets, then the judges of the critic
+    if at["arm"] == "meta":
+        run.start_clock(at["step"])
+        for step in range(at["step"], meta_steps + 1):
+            run.checkpoint(step, at, tally, **parts)
+            set_rate(optimizer, step)
+            if step % eval_interval == 0 or step == meta_steps:
+                found = {}
+                if step >= pretrain:
+                    member = at["pool"][at["critic_step"] % pool]
+                    theta = weights(learner) if member["theta"] is None else member["theta"]
+                    found = measure(run, corpus, nets, theta, weights(critic, read_by(critic)), at["critic_step"])
+                    found["restarts"] = at["restarts"]
+                    at["found"].append(dict(found, step=step))
+                row, stream = write_row(run, corpus, "meta", step, meta_steps, tally, nets, gold, probe, optimizer, 0, found)
+                track_gold(at["track"], row, hack_margin)
+                if stream is not None:
+                    at["streams"] = torch.cat((at["streams"], stream))
+            if step == meta_steps:
+                break
+            with run.autocast():
+                if step < pretrain:
+                    pretrain_step(run, corpus, nets, optimizer, step, tally)
+                else:
+                    train_critic(run, corpus, nets, critic_optimizer, at, tally)
+        watch.calibrate(at["streams"].cpu().numpy(), batch_size * block_size, row["agreement_probe"], probe[1].numel())
+        at["meta"] = at["track"]
+        at["snapshot"] = copy.deepcopy(dict(learner=learner.state_dict(), critic=critic.state_dict(), found=at["found"],
+                                            optimizer=optimizer.state_dict(), watch=watch.state_dict()))
+        at.update(streams=at["streams"][:0], pool=[])
+        write_samples(run, "the meta phase", nets, corpus)
+
+    # ---- self phase: the critic's signal is all that the learner learns from
+    snapshot = at["snapshot"]
+    for arm in names:
+        if at["arm"] != arm:
+            start_arm(snapshot, nets, optimizer, watch)
+            at.update(arm=arm, step=0, track=new_track(), real_targets=0)
+        track = at["track"]
+        run.start_clock(at["step"])
+        for step in range(at["step"], self_steps + 1):
+            run.checkpoint(step, at, tally, **parts)
+            set_rate(optimizer, meta_steps + step, 1.0 if arm == "real" else self_rate)
+            if step % eval_interval == 0 or step == self_steps:
+                row, stream = write_row(run, corpus, arm, step, self_steps, tally, nets, gold, probe, optimizer,
+                                        at["real_targets"], {})
+                if track_gold(track, row, hack_margin):
+                    run.say(f"{arm}: hacked at step {track['steps_to_hack']}, gold {row['gold_nats']:.3f} after a best "
+                            f"of {track['gold_best']:.3f}")
+                    track["reports"].append(report(run, arm, step, "gold", watch, nets, snapshot, corpus, row))
+                listens = ("surprise", "entropy") if arm == "real" else tuple(STREAMS)  # real has no critic to watch
+                alarms = watch.update(step, stream.cpu(), row["agreement_probe"], listens) if stream is not None else []
+                if alarms and step - (track["alarms"] or [-MEMORY])[-1] >= MEMORY:
+                    track["alarms"].append(step)
+                    track["reports"].append(report(run, arm, step, alarms, watch, nets, snapshot, corpus, row))
+                if alarms:
+                    watch.restart(stream.cpu(), row["agreement_probe"])
+            if step == self_steps:
+                break
+            arm_step(run, corpus, arm, nets, optimizer, step, tally)
+            if arm in ("self", "ema"):
+                follow(arm, nets, snapshot)
+            at["real_targets"] += batch_size * block_size if arm == "real" else 0
+        at["arms"][arm] = track
+        write_samples(run, f"arm {arm}", nets, corpus)
+
+    at["arm"] = "done"
+    run.checkpoint(0, at, tally, **parts)
+    last = [f for f in at["found"] if f["step"] > meta_steps - max(1, (meta_steps - pretrain) // 10)]
+    found = {k: sum(f[k] for f in last) / len(last) for k in FOUND}
+    run.say("one inner step on held-out text, in nats a token: " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
+    run.finish(summarise(run, at["meta"], meta_steps, at["arms"], self_steps, **found), draw_runs)
+
+
+if __name__ == "__main__":
+    main()
