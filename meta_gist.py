@@ -27,7 +27,7 @@ from torch.func import functional_call, grad, grad_and_value, jvp
 from configurator import chosen_arms, configure, read_meta_phase, refuse
 from model import GIST, GPT, OWN, OWN_GIST, TRUE, GPTConfig, adamw, attention_mask, rollout, sample_tokens
 from plot import draw_runs
-from prepare_data import corpus_id, decode, get_batch, open_corpus, prepare, val_windows
+from prepare_data import batch_starts, corpus_id, decode, get_batch, open_corpus, prepare, val_windows, windows
 from watch import MEMORY, STREAMS, Gold, Watch, new_track, summarise, track_gold, write_report
 
 # --- experiment
@@ -52,6 +52,7 @@ rule = "fixed"          # "fixed" | "proportional" | "sgd": an inner step is as 
 length = 0.05           # length of an inner step, in the norm of all weights
 mixed = "forward"       # "forward" | "difference" | "graph": how ∂⟨∇L, w⟩ is computed; graph is the reference
 val_chunks = "random"   # "next" | "random" | "similar": which text judges: what follows, any, or the nearest by gists
+index_every = 100       # meta steps after which the index of gists is made anew, for val_chunks = "similar"
 outer_batch = 64        # sequences that judge
 critic_rate = 0.03      # Adam's learning rate of φ
 pool = 4                # learners that the critic is trained on, in turn
@@ -94,6 +95,8 @@ SELF_PHASE = ("arms", "self_steps", "hack_margin", "self_step", "self_rate", "em
 # Independent streams of data and of random numbers.
 TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE = range(7)
 SCALARS = ("log_eta", "log_kappa")  # of the critic, beside its network
+PIECE = 16    # tokens of a piece of text that has a gist in the index
+NEAR = 30000  # tokens apart that may still be the same play
 MEASURED = 4  # inner steps that a line of the log is the mean of
 FOUND = ("gain", "gain_shuffled", "gain_real", "cosine_real", "cos_bb", "cos_bb_real")  # see `measure`
 
@@ -308,15 +311,17 @@ def unrolled(nets, theta, phi, trail, outer):
 # ----------------------------------------------------------------------------------------------
 # data
 
-def text(run, tokens, at, stream, rows, windows=1):
-    """This rank's rows of `windows` adjoining texts, int [rows / ranks, windows · T + 1], of a step."""
-    w = get_batch(tokens, seed, at, rows, windows * block_size + 1, run.rank, run.ranks, stream)
-    return w.to(run.device)
+def text(run, tokens, at, stream, rows, follow=0):
+    """This rank's rows of a step's text and of as much text again `follow` times, int [rows / ranks, (1 + follow) T + 1]."""
+    return get_batch(tokens, seed, at, rows, (1 + follow) * block_size + 1, run.rank, run.ranks, stream).to(run.device)
 
 
-def train_text(run, corpus, at, stream=TEXT, rows=None, windows=1):
-    tokens = corpus.train[:train_tokens] if train_tokens else corpus.train
-    return text(run, tokens, at, stream, rows or batch_size, windows)
+def train_tokens_of(corpus):
+    return corpus.train[:train_tokens] if train_tokens else corpus.train
+
+
+def train_text(run, corpus, at, stream=TEXT, rows=None, follow=0):
+    return text(run, train_tokens_of(corpus), at, stream, rows or batch_size, follow)
 
 
 def chance(run, at, stream=CHANCE, rows=None):
@@ -327,16 +332,48 @@ def chance(run, at, stream=CHANCE, rows=None):
     return torch.from_numpy(numbers[run.rank * share:(run.rank + 1) * share]).to(run.device)
 
 
-def meta_batch(run, corpus, at):
+def meta_batch(run, corpus, at, index, tally):
     """([(w, seen)] of each inner step, [its uniform numbers], outer text): what a meta step reads."""
     follow = outer_batch // batch_size if val_chunks == "next" else 0
-    w = [train_text(run, corpus, at * inner_steps + k, INNER, windows=1 + follow) for k in range(inner_steps)]
-    inner = [t[:, :block_size + 1] for t in w]
+    last, tokens = (at + 1) * inner_steps - 1, train_tokens_of(corpus)
+    w = [train_text(run, corpus, k, INNER, follow=follow) for k in range(at * inner_steps, last + 1)]
     if val_chunks == "next":  # what follows the last step's text
         outer = w[-1][:, block_size:].unfold(1, block_size + 1, block_size).flatten(0, 1)
+    elif val_chunks == "similar":
+        starts = batch_starts(tokens, seed, last, batch_size, block_size + 1, run.rank, run.ranks, INNER)
+        found = nearest(index, torch.from_numpy(starts), outer_batch // batch_size, len(tokens))
+        near = (found - torch.from_numpy(starts)[:, None]).abs() < NEAR
+        tally["picks_near"] = tally.get("picks_near", 0) + near.float().mean().to(run.device)
+        outer = windows(tokens, found.flatten().numpy(), block_size + 1).to(run.device)
     else:
         outer = train_text(run, corpus, at, OUTER, outer_batch)
-    return [(t, t[:, 1:]) for t in inner], [chance(run, at * inner_steps + k, INNER) for k in range(inner_steps)], outer
+    inner = [t[:, :block_size + 1] for t in w]
+    return [(t, t[:, 1:]) for t in inner], [chance(run, k, INNER) for k in range(at * inner_steps, last + 1)], outer
+
+
+def make_index(tokens, table):
+    """Gists of all pieces of `tokens`, unit vectors [n, C] about their mean; table: the critic's embeddings."""
+    n = len(tokens) // PIECE
+    pieces = torch.from_numpy(tokens[:n * PIECE].astype(np.int64)).view(n, PIECE)
+    means = F.embedding_bag(pieces, table.detach().float().cpu(), mode="mean")
+    return F.normalize(means - means.mean(0), dim=-1)
+
+
+def nearest(index, starts, n, length, block=65536):
+    """Starts [B, n] of the texts around the n pieces that are most like any piece of the texts that begin at starts [B].
+
+    Exact: every piece is compared, a block of them at a time. None overlaps the text that asks.
+    """
+    own_pieces = (starts[:, None] + PIECE - 1) // PIECE + torch.arange(block_size // PIECE)          # wholly inside
+    asks = index[own_pieces.clamp(max=len(index) - 1)]                                               # [B, pieces, C]
+    around = (PIECE * torch.arange(len(index)) - (block_size - PIECE) // 2).clamp(0, length - block_size - 1)
+    best, which = torch.full((len(starts), n), -math.inf), torch.zeros(len(starts), n, dtype=torch.long)
+    for i in range(0, len(index), block):
+        score = (asks @ index[i:i + block].T).amax(1)
+        score[(around[i:i + block] - starts[:, None]).abs() <= block_size] = -math.inf
+        best, order = torch.cat((best, score), 1).topk(n)
+        which = torch.cat((which, torch.arange(i, i + score.size(1)).expand(len(starts), -1)), 1).gather(1, order)
+    return around[which]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -378,7 +415,7 @@ def pretrain_step(run, corpus, nets, optimizer, step, tally):
     take_step(run, learner, optimizer, g, tally)
 
 
-def train_critic(run, corpus, nets, optimizer, at, tally):
+def train_critic(run, corpus, nets, optimizer, at, library, tally):
     """A meta step at the learner of the pool whose turn it is; then that learner moves, by the signal or by real text.
 
     at["pool"]: [{"theta", "age", "best"}], theta None where a learner starts anew from the pretrained one. A critic trained at one fixed learner memorises one good direction; trained
@@ -389,7 +426,11 @@ def train_critic(run, corpus, nets, optimizer, at, tally):
     if member["theta"] is None:
         member.update(theta=copy.deepcopy(weights(nets[0])), age=0, best=math.inf)
     theta, phi = member["theta"], weights(nets[1], read_by(nets[1]))
-    batches, chances, outer = meta_batch(run, corpus, at["critic_step"])
+    if val_chunks == "similar" and at["critic_step"] % index_every == 0:
+        at["index_from"], library["index"] = phi["embed.weight"][:vocab].clone(), None
+    if val_chunks == "similar" and library["index"] is None:  # a resumed run makes it again from what it was made from
+        library["index"] = make_index(train_tokens_of(corpus), at["index_from"])
+    batches, chances, outer = meta_batch(run, corpus, at["critic_step"], library["index"], tally)
     dphi, judged, moved, (said, a, loss) = meta_step(nets, theta, phi, batches, chances, outer, run.average)
     note(tally, loss, speak_true(nets[0], theta, batches[0][0], said), batches[0][0][:, 1:], a)
     take_step(run, nets[1], optimizer, dphi, tally)
@@ -575,6 +616,7 @@ def write_row(run, corpus, arm, step, steps, tally, nets, gold, probe, optimizer
                target_entropy=torch.special.entr(share).sum().item() if n else None, kappa=phi["log_kappa"].exp().item(),
                eta=phi["log_eta"].exp().item() if "log_eta" in phi else None,
                real_targets=real_targets, tok_per_s=run.speed(n * batch_size * block_size), **extra)
+    row.update({k: mean[k] for k in ("picks_near",) if k in mean})
     run.log(row)
     run.show(row, steps)
     stream = tally.get("stream")
@@ -662,6 +704,10 @@ def check(ranks):
         refuse(f"mixed='graph' cannot average inside its graph: it takes one rank, not {ranks}; use forward or difference")
     if outer_batch < batch_size or outer_batch % batch_size:
         refuse(f"outer_batch={outer_batch} must be a multiple of batch_size={batch_size}")
+    if val_chunks == "similar" and block_size % PIECE:
+        refuse(f"block_size={block_size} must be a multiple of {PIECE} with val_chunks='similar', which compares pieces of it")
+    if index_every < 1:
+        refuse(f"index_every={index_every} must be above 0")
     if ema_decay >= 1:
         refuse(f"ema_decay={ema_decay} must be below 1: it is the share of the old weights that stays")
     return names
@@ -686,7 +732,7 @@ def main():
     run.barrier()
     corpus = open_corpus(dataset, vocab)
     need = block_size * (1 + (outer_batch // batch_size if val_chunks == "next" else 0))
-    for split, tokens in (("train", corpus.train[:train_tokens or None]), ("validation", corpus.val)):
+    for split, tokens in (("train", train_tokens_of(corpus)), ("validation", corpus.val)):
         if len(tokens) <= need:
             refuse(f"block_size={block_size} asks for texts of {need} tokens, and the {split} split has {len(tokens)}")
 
@@ -695,9 +741,9 @@ def main():
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=critic_rate, betas=(0.9, 0.99))
     parts = dict(learner=learner, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer, watch=watch)
     at = dict(arm="meta", step=0, track=new_track(), arms={}, meta=None, snapshot=None, found=[], critic_step=0,
-              restarts=0, pool=[dict(theta=None) for _ in range(pool)], real_targets=0,
+              restarts=0, index_from=None, pool=[dict(theta=None) for _ in range(pool)], real_targets=0,
               streams=torch.zeros(0, 3, device=run.device), corpus=corpus_id(corpus))
-    tally = {}
+    tally, library = {}, dict(index=None)  # the index of gists is made again rather than saved
     if run.resumed:
         if run.resumed["corpus"] != at["corpus"]:
             refuse(f"{corpus.folder} holds another corpus or tokenizer than the one that {run.out_dir} was begun with")
@@ -735,7 +781,7 @@ def main():
                 if step < pretrain:
                     pretrain_step(run, corpus, nets, optimizer, step, tally)
                 else:
-                    train_critic(run, corpus, nets, critic_optimizer, at, tally)
+                    train_critic(run, corpus, nets, critic_optimizer, at, library, tally)
         judge_again(run, corpus, nets, at["streams"])
         watch.calibrate(at["streams"].cpu().numpy(), batch_size * block_size, row["agreement_probe"], probe[1].numel())
         at["meta"] = at["track"]
