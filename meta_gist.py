@@ -54,7 +54,8 @@ mixed = "forward"       # "forward" | "difference" | "graph": how ∂⟨∇L, w�
 val_chunks = "random"   # "next" | "random" | "similar": which text judges: what follows, any, or the nearest by gists
 index_every = 100       # meta steps after which the index of gists is made anew, for val_chunks = "similar"
 outer_batch = 64        # sequences that judge
-critic_rate = 0.03      # Adam's learning rate of φ
+critic_rate = 0.1       # Adam's learning rate of φ, falling to 0 in a line; the embeddings have entries of about 1
+scalar_rate = 0.03      # the same of log κ and log η
 pool = 4                # learners that the critic is trained on, in turn
 pool_self = 0.5         # share of them that move by the signal; the others move by real text
 pool_steps = 40         # steps after which a learner of the pool starts again; sooner if its gold is hacked
@@ -98,7 +99,6 @@ SCALARS = ("log_eta", "log_kappa")  # of the critic, beside its network
 PIECE = 16    # tokens of a piece of text that has a gist in the index
 NEAR = 30000  # tokens apart that may still be the same play
 MEASURED = 4  # inner steps that a line of the log is the mean of
-FOUND = ("gain", "gain_shuffled", "gain_real", "cosine_real", "cos_bb", "cos_bb_real")  # see `measure`
 
 
 # ----------------------------------------------------------------------------------------------
@@ -454,6 +454,12 @@ def speak_true(learner, theta, w, said):
         return functional_call(learner, theta, (w[:, :-1],)).log_softmax(-1)
 
 
+def set_critic_rate(optimizer, at):
+    """Rates of the critic's matrices and scalars at a step of the meta phase."""
+    for group, rate in zip(optimizer.param_groups, (critic_rate, scalar_rate)):
+        group["lr"] = rate * (meta_steps - at) / max(1, meta_steps - pretrain)
+
+
 def set_rate(optimizer, at, share=1.0):
     """The learner's rate at a step, counted from the start of the meta phase."""
     for group in optimizer.param_groups:
@@ -567,6 +573,17 @@ def measure(run, corpus, nets, theta, phi, at):
             found[name] = found.get(name, 0) + cos(a, b)
     run.average(list(found.values()))
     return {name: value.item() / MEASURED for name, value in found.items()}
+
+
+def precision(phi, corpus):
+    """Where each token is known to have m − 1 others of its meaning: their share among its m − 1 nearest, by cosine."""
+    m = getattr(corpus.encoding, "spellings", 1)
+    if m == 1:
+        return {}
+    unit = F.normalize(phi["embed.weight"][:vocab], dim=-1)
+    near = (unit @ unit.T).fill_diagonal_(-2).topk(m - 1).indices
+    meaning = torch.arange(vocab, device=near.device) // m
+    return dict(precision=(meaning[near] == meaning[:, None]).float().mean().item())
 
 
 def stored_probe(run, corpus):
@@ -738,7 +755,8 @@ def main():
 
     nets = learner, critic = make_nets(run)
     optimizer, watch = adamw(learner, learning_rate), Watch()
-    critic_optimizer = torch.optim.Adam(critic.parameters(), lr=critic_rate, betas=(0.9, 0.99))
+    critic_optimizer = torch.optim.Adam([{"params": [p for p in critic.parameters() if p.dim()]},
+                                         {"params": [p for p in critic.parameters() if not p.dim()]}])
     parts = dict(learner=learner, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer, watch=watch)
     at = dict(arm="meta", step=0, track=new_track(), arms={}, meta=None, snapshot=None, found=[], critic_step=0,
               restarts=0, index_from=None, pool=[dict(theta=None) for _ in range(pool)], real_targets=0,
@@ -769,7 +787,7 @@ def main():
                     member = at["pool"][at["critic_step"] % pool]
                     theta = weights(learner) if member["theta"] is None else member["theta"]
                     found = measure(run, corpus, nets, theta, weights(critic, read_by(critic)), at["critic_step"])
-                    found["restarts"] = at["restarts"]
+                    found.update(restarts=at["restarts"], **precision(weights(critic), corpus))
                     at["found"].append(dict(found, step=step))
                 row, stream = write_row(run, corpus, "meta", step, meta_steps, tally, nets, gold, probe, optimizer, 0, found)
                 track_gold(at["track"], row, hack_margin)
@@ -781,6 +799,7 @@ def main():
                 if step < pretrain:
                     pretrain_step(run, corpus, nets, optimizer, step, tally)
                 else:
+                    set_critic_rate(critic_optimizer, step)
                     train_critic(run, corpus, nets, critic_optimizer, at, library, tally)
         judge_again(run, corpus, nets, at["streams"])
         watch.calibrate(at["streams"].cpu().numpy(), batch_size * block_size, row["agreement_probe"], probe[1].numel())
@@ -827,7 +846,7 @@ def main():
     at["arm"] = "done"
     run.checkpoint(0, at, tally, **parts)
     last = [f for f in at["found"] if f["step"] > meta_steps - max(1, meta_steps // 10)]
-    found = {k: sum(f[k] for f in last) / len(last) for k in FOUND}
+    found = {k: sum(f[k] for f in last) / len(last) for k in last[0] if k not in ("step", "restarts")}
     run.say("one inner step on held-out text, in nats a token: " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
     run.finish(summarise(run, at["meta"], meta_steps, at["arms"], self_steps, **found), draw_runs)
 
