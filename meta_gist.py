@@ -1,20 +1,24 @@
 """
 Stage 3: can the signal itself be learned, by how much learning from it helps?
 
-    python meta_gist.py                                        # two cores, about 4 minutes
-    python meta_gist.py --own=rollout --chunk=4                # gists of chunks that the learner wrote alone
-    torchrun --standalone --nproc_per_node=8 meta_gist.py      # the same numbers on any number of ranks
+    python meta_gist.py                                          # two cores, about 4 minutes
+    python meta_gist.py --own=rollout --chunk=4 --n_gist=4       # chunks that the learner writes alone, compared by gists
+    torchrun --standalone --nproc_per_node=8 meta_gist.py        # the same numbers on any number of ranks
 
-The learner p_θ writes; the critic φ makes gists of what was observed, b, and of what the learner said itself, a, and
-praises tokens by their nearness to them, T_φ(v | gist) = softmax_v κ cos(E_v, gist):
+The learner p_θ writes where it could have read x. The critic φ, embeddings E that start random and a sharpness κ,
+praises tokens by how near they are to x, T_φ(v | x) = softmax_v κ cos(E_v, E_x):
 
-    L(θ, φ) = −Σ_v [T_φ(v | b) − mean T_φ(v | a)] log p_θ(v)     the signal: its mean is zero where own text is like true
-    θ′ = θ − length · u,   u = g/‖g‖,   g = ∇_θ L(θ, φ)          the inner step: the learner learns from it
+    a(v) = trust · [T_φ(v | x) − Σ_x′ p_θ(x′) T_φ(v | x′)]       the signal; at its mean zero where own text is like true
+    θ′ = θ − length · g/‖g‖,   g = ∇_θ L,  L = −Σ_v a(v) log p_θ(v)      the inner step: the learner learns from it
     O(θ′) = cross entropy of θ′ on other text                    the outer loss: did that help?
     φ ← φ − rate · dO(θ′)/dφ                                     the meta step: what would have helped more?
 
-Nothing else tells the gists what to mean. In the code θ is theta, φ is phi, g the gradient, u the direction; lam is
-∇O(θ′) and w what it becomes pulled back through the step. An arm is one self phase: θ moves by ∇L alone, φ is given.
+Nothing else tells E what to mean. trust is 1 after a true prefix; in a chunk that the learner writes alone it falls as
+the gists of its text, a_i, and of the true one, b_i, come apart: exp −η Σ_i (1 − cos(a_i, b_i)), with η in φ too.
+
+In the code: theta, phi, the signal a, the gradient g, the direction u = g/‖g‖, lam = ∇O(θ′), and w, which is lam pulled
+back through the step. An arm is one self phase: θ moves by g alone. Its critic is φ as the meta phase left it (frozen),
+φ moved as far as the learner has moved since (self) or by a moving average of that (ema).
 """
 import copy
 import math
@@ -32,8 +36,8 @@ from watch import MEMORY, STREAMS, Gold, Watch, new_track, summarise, track_gold
 
 # --- experiment
 arms = "real,frozen,self,ema,shuffled,sharpen"  # any of self, frozen, ema, real, shuffled, sharpen, with commas
-meta_steps = 700        # steps of the meta phase: the learner's, then the critic's
-pretrain = 500          # of these, steps of the learner alone, on real text; the rest trains the critic
+meta_steps = 600        # steps of the meta phase: the learner's, then the critic's
+pretrain = 400          # of these, steps of the learner alone, on real text; the rest trains the critic
 self_steps = 500        # steps of each arm, with the critic's signal
 hack_margin = 0.1       # nats above the best gold, three evaluations running, that count as hacked
 # --- the signal
@@ -58,29 +62,28 @@ critic_rate = 0.1       # Adam's learning rate of φ, falling to 0 in a line; th
 scalar_rate = 0.03      # the same of log κ and log η
 pool = 4                # learners that the critic is trained on, in turn
 pool_self = 0.5         # share of them that move by the signal; the others move by real text
-pool_steps = 40         # steps after which a learner of the pool starts again; sooner if its gold is hacked
+pool_steps = 100        # steps after which a learner of the pool starts again; sooner if its gold is hacked
 # --- self phase
-self_step = "adamw"     # "adamw" | "fixed": how an arm steps: AdamW goes on, or steps of the inner step's length
-self_rate = 1.0         # rate or length of the self phase, as a share of the meta phase's
+self_rate = 1.0         # learning rate of the self phase, as a share of learning_rate
 ema_decay = 0.999       # arm ema: the share by which the critic stays behind the learner, each step
 # --- model
 n_layer = 2             # blocks
 n_head = 4              # heads in each
-n_embd = 128            # width
-block_size = 64         # text tokens in a sequence
+n_embd = 64             # width
+block_size = 32         # text tokens in a sequence
 # --- data
 dataset = "plays"       # plays, tinyshakespeare, fineweb-edu, or a text file or folder of your own
 vocab = 512             # tokens: 256 is plain bytes, 50257 is GPT-2's, any other a BPE trained on the corpus
 train_tokens = 0        # use only the first so many training tokens, repeated; 0 is all
 # --- optimisation
-batch_size = 8          # sequences a step, over all ranks
+batch_size = 16         # sequences a step, over all ranks
 learning_rate = 1e-3    # AdamW, constant after the warm-up
 warmup = 50             # steps from 0 to learning_rate
 grad_clip = 1.0         # largest gradient norm
 # --- run
 seed = 1                # of weights and data
-eval_interval = 10      # steps between two lines of the log
-eval_windows = 64       # held-out sequences that gold is measured on
+eval_interval = 25      # steps between two lines of the log
+eval_windows = 128      # held-out sequences that gold is measured on
 save_interval = 200     # steps between two checkpoints
 device = "auto"         # "auto" | "cuda" | "mps" | "cpu": auto takes the first that is there
 dtype = "float32"       # "float32" | "bfloat16" | "float64": bfloat16 is autocast over float32 weights
@@ -91,14 +94,13 @@ wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Bia
 
 ARMS = ("self", "frozen", "ema", "real", "shuffled", "sharpen")
 # Settings that the meta phase does not read: with `start`, the others must be those of the run started from.
-SELF_PHASE = ("arms", "self_steps", "hack_margin", "self_step", "self_rate", "ema_decay", "eval_interval",
+SELF_PHASE = ("arms", "self_steps", "hack_margin", "self_rate", "ema_decay", "eval_interval",
               "eval_windows", "save_interval", "device", "out_dir", "resume", "start", "wandb_log")
 # Independent streams of data and of random numbers.
 TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE = range(7)
 SCALARS = ("log_eta", "log_kappa")  # of the critic, beside its network
 PIECE = 16    # tokens of a piece of text that has a gist in the index
 NEAR = 30000  # tokens apart that may still be the same play
-MEASURED = 4  # inner steps that a line of the log is the mean of
 
 
 # ----------------------------------------------------------------------------------------------
@@ -312,7 +314,7 @@ def unrolled(nets, theta, phi, trail, outer):
 # data
 
 def text(run, tokens, at, stream, rows, follow=0):
-    """This rank's rows of a step's text and of as much text again `follow` times, int [rows / ranks, (1 + follow) T + 1]."""
+    """This rank's rows of a step's text and of what follows, int [rows / ranks, (1 + follow) T + 1]."""
     return get_batch(tokens, seed, at, rows, (1 + follow) * block_size + 1, run.rank, run.ranks, stream).to(run.device)
 
 
@@ -385,8 +387,8 @@ def weights(module, names=None):
 
 def read_by(critic):
     """Names of the critic's parameters that its gists are made with: φ."""
-    used = tuple(f"blocks.{k}." for k in range(gist_layer))
-    return [n for n, _ in critic.named_parameters() if n in (*SCALARS[own == "dense":], "embed.weight") or n.startswith(used)]
+    used = ("embed.weight", "log_kappa", *(f"blocks.{k}." for k in range(gist_layer)), *["log_eta"] * (own == "rollout"))
+    return [n for n, _ in critic.named_parameters() if n.startswith(used)]
 
 
 def take_step(run, module, optimizer, g, tally=None):
@@ -418,8 +420,9 @@ def pretrain_step(run, corpus, nets, optimizer, step, tally):
 def train_critic(run, corpus, nets, optimizer, at, library, tally):
     """A meta step at the learner of the pool whose turn it is; then that learner moves, by the signal or by real text.
 
-    at["pool"]: [{"theta", "age", "best"}], theta None where a learner starts anew from the pretrained one. A critic trained at one fixed learner memorises one good direction; trained
-    only where real steps lead, it does not know where its own signal leads.
+    at["pool"]: [{"theta", "age", "best"}], theta None where a learner starts anew from the pretrained one. A critic
+    trained at one learner that never moves memorises one good direction; trained only where real steps lead, it does
+    not know where its own signal leads.
     """
     turn = at["critic_step"] % pool
     member = at["pool"][turn]
@@ -485,14 +488,7 @@ def arm_step(run, corpus, arm, nets, optimizer, step, tally):
         seen = observed(run, corpus, arm, nets, theta, w, at, u)
         said, a, g, loss = signal_or_real(run, arm, nets, theta, (w, seen), u)
         note(tally, loss, speak_true(learner, theta, w, said), w[:, 1:], a)
-    if self_step == "adamw":
-        take_step(run, learner, optimizer, g, tally)
-        return
-    tally["grad_norm"] = tally.get("grad_norm", 0) + dot(g, g).sqrt()
-    moved = inner_step(theta, {n: t * 1.0 for n, t in g.items()})
-    with torch.no_grad():
-        for n, p in learner.named_parameters():
-            p.lerp_(moved[n], self_rate)
+    take_step(run, learner, optimizer, g, tally)
 
 
 def signal_or_real(run, arm, nets, theta, batch, u):
@@ -551,28 +547,26 @@ def note(tally, loss, logits, obs, a):
 
 
 def measure(run, corpus, nets, theta, phi, at):
-    """One inner step on held-out text, the mean over MEASURED of them: what it gains in nats a token of other held-out
-    text, with the signal, with the signal for another text's observation, and with real targets, all equally long;
-    and cosines of gradients: signal with real, and each with its like on other text (`cos_bb`). Each step reads
-    outer_batch texts, so that what is measured is the signal and not the noise of a batch."""
-    found = {}
-    for i in range(MEASURED):
-        w, again, foreign, other = (text(run, corpus.val, MEASURED * at + i, MEASURE + k, outer_batch) for k in range(4))
-        u = chance(run, MEASURED * at + i, MEASURE, outer_batch)
-        signals = [inner_gradient(nets, theta, phi, batch, u, run.average)[2]
-                   for batch in ((w, w[:, 1:]), (w, foreign[:, 1:]), (again, again[:, 1:]))]
-        real, real_again = (real_gradient(run, nets[0], theta, t)[0] for t in (w, again))
-        cos = lambda a, b: dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().clamp_min(1e-30)
-        far = dot(signals[0], signals[0]).sqrt()
-        before = cross_entropy(nets[0], theta, other)
-        for name, g in dict(gain=signals[0], gain_shuffled=signals[1], gain_real=real).items():
-            g = {n: t * far / dot(g, g).sqrt().clamp_min(1e-30) for n, t in g.items()}
-            found[name] = found.get(name, 0) + before - cross_entropy(nets[0], inner_step(theta, g), other)
-        for name, a, b in (("cosine_real", signals[0], real), ("cos_bb", signals[0], signals[2]),
-                           ("cos_bb_real", real, real_again)):
-            found[name] = found.get(name, 0) + cos(a, b)
+    """One inner step on held-out text, of outer_batch texts, so that the signal is seen and not a batch's noise.
+
+    gain: nats a token that it takes off other held-out text; gain_shuffled: with another text's observation; gain_real:
+    with real targets; all equally long. cosine_real: of the signal's gradient with the real one; cos_bb, cos_bb_real: of
+    each with its like on other text: a critic that has memorised one good direction is caught by it.
+    """
+    w, again, foreign, other = (text(run, corpus.val, at, MEASURE + k, outer_batch) for k in range(4))
+    u = chance(run, at, MEASURE, outer_batch)
+    own_g, shuffled, own_again = (inner_gradient(nets, theta, phi, batch, u, run.average)[2]
+                                  for batch in ((w, w[:, 1:]), (w, foreign[:, 1:]), (again, again[:, 1:])))
+    real, real_again = (real_gradient(run, nets[0], theta, t)[0] for t in (w, again))
+    cos = lambda a, b: dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().clamp_min(1e-30)
+    before, found = cross_entropy(nets[0], theta, other), {}
+    for name, g in dict(gain=own_g, gain_shuffled=shuffled, gain_real=real).items():
+        as_long = (dot(own_g, own_g) / dot(g, g).clamp_min(1e-30)).sqrt()
+        moved = inner_step(theta, {n: t * as_long for n, t in g.items()})
+        found[name] = before - cross_entropy(nets[0], moved, other)
+    found.update(cosine_real=cos(own_g, real), cos_bb=cos(own_g, own_again), cos_bb_real=cos(real, real_again))
     run.average(list(found.values()))
-    return {name: value.item() / MEASURED for name, value in found.items()}
+    return {name: value.item() for name, value in found.items()}
 
 
 def precision(phi, corpus):
@@ -595,7 +589,7 @@ def stored_probe(run, corpus):
 
 @torch.no_grad()
 def praised(nets, phi, theta, w, seen, y=None):
-    """argmax a, int [B, R, T]: the token that the critic praises most. y: own tokens [B, R, T] in place of the learner's."""
+    """argmax a, int [B, R, T]: the token praised most. y: own tokens [B, R, T] in place of what the learner says."""
     if y is None:
         u = torch.full((w.size(0), samples, block_size), 0.5, device=w.device)
         said = speak(nets[0], theta, w[:, :-1], u)
@@ -718,11 +712,11 @@ def check(ranks):
     if pool < 1 or pool_self > 1:
         refuse(f"pool={pool} must be above 0 and pool_self={pool_self} at most 1: it is a share")
     if mixed == "graph" and ranks > 1:
-        refuse(f"mixed='graph' cannot average inside its graph: it takes one rank, not {ranks}; use forward or difference")
+        refuse(f"mixed='graph' cannot average inside its graph: it takes one rank, not {ranks}")
     if outer_batch < batch_size or outer_batch % batch_size:
         refuse(f"outer_batch={outer_batch} must be a multiple of batch_size={batch_size}")
     if val_chunks == "similar" and block_size % PIECE:
-        refuse(f"block_size={block_size} must be a multiple of {PIECE} with val_chunks='similar', which compares pieces of it")
+        refuse(f"block_size={block_size} must be a multiple of {PIECE} with val_chunks='similar'")
     if index_every < 1:
         refuse(f"index_every={index_every} must be above 0")
     if ema_decay >= 1:
@@ -789,7 +783,8 @@ def main():
                     found = measure(run, corpus, nets, theta, weights(critic, read_by(critic)), at["critic_step"])
                     found.update(restarts=at["restarts"], **precision(weights(critic), corpus))
                     at["found"].append(dict(found, step=step))
-                row, stream = write_row(run, corpus, "meta", step, meta_steps, tally, nets, gold, probe, optimizer, 0, found)
+                row, stream = write_row(run, corpus, "meta", step, meta_steps, tally, nets, gold, probe, optimizer, 0,
+                                        found)
                 track_gold(at["track"], row, hack_margin)
                 if stream is not None and step <= pretrain:
                     at["streams"] = torch.cat((at["streams"], stream))

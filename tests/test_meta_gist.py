@@ -259,7 +259,7 @@ def test_similar_finds_planted_twins_and_never_overlaps_the_text_that_asks(setti
 
 # ---- the script
 
-@pytest.mark.parametrize("form", [["--val_chunks=similar", "--index_every=4"], [*ROLLOUT, "--self_step=fixed"]])
+@pytest.mark.parametrize("form", [["--val_chunks=similar", "--index_every=4"], ROLLOUT])
 def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_path, form):
     settings = [*SMALL, *form, "--arms=real,ema,shuffled", "--dtype=float64"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -364,7 +364,7 @@ def test_the_critic_of_self_is_the_learner_plus_what_it_differed_by_and_that_of_
 
 @pytest.mark.parametrize("arguments, message", [
     (["--arms=self,frosen"], "there is no arm 'frosen'; did you mean 'frozen'?"),
-    (["--pretrain=701"], "pretrain=701 must be at most meta_steps="),
+    (["--pretrain=601"], "pretrain=601 must be at most meta_steps="),
     (["--chunk=4"], "own='dense' is exact for single tokens"),
     (["--own=rollout", "--chunk=5"], "chunk=5 must divide block_size="),
     (["--own=rollout", "--chunk=4", "--n_gist=3"], "n_gist=3 must divide chunk=4"),
