@@ -36,12 +36,16 @@ class GPTConfig:
 TRUE, OWN, GIST, OWN_GIST = range(4)
 
 
-def attention_mask(kind, chunk, pos):
+def attention_mask(kind, chunk, pos, truth_beside_own=False):
     """Who attends to whom: bool [L, L], row = query, column = key.
 
     kind, chunk, pos: int [L] each. The rule:
     - a true token attends to true tokens at its own and earlier positions;
-    - an own token attends to the true tokens of earlier chunks, and to the own tokens of its chunk up to itself.
+    - an own token attends to the true tokens of earlier chunks, and to the own tokens of its chunk up to itself;
+    - a gist of true text (GIST) attends to true tokens at its own and earlier positions, and to itself; with
+      truth_beside_own also to the own tokens of its chunk up to its position;
+    - a gist of own text (OWN_GIST) attends to the true tokens of earlier chunks, to the own tokens of its chunk up to
+      its position, and to itself.
 
     Text is all true and one chunk, and so are the critic's triples (pred, obs, LOSS). Both are causal:
 
@@ -53,26 +57,36 @@ def attention_mask(kind, chunk, pos):
                                         o1    1  1  1  1  1  .
                                         L1    1  1  1  1  1  1
 
-    A rollout of two chunks of two tokens, own tokens y beside true tokens x (y2 has the position of x2):
+    Two chunks of two tokens, own tokens y beside true tokens x, and behind them the gists A of the own chunks and B of
+    the true ones (y2 has the position of x2; a gist has that of the last token it reads). Without the gists it is a
+    rollout. o is what truth_beside_own adds:
 
-                  x0 x1 x2 x3 y0 y1 y2 y3
-        chunk      0  0  1  1  0  0  1  1
-        x0         1  .  .  .  .  .  .  .
-        x1         1  1  .  .  .  .  .  .
-        x2         1  1  1  .  .  .  .  .
-        x3         1  1  1  1  .  .  .  .
-        y0         .  .  .  .  1  .  .  .
-        y1         .  .  .  .  1  1  .  .
-        y2         1  1  .  .  .  .  1  .
-        y3         1  1  .  .  .  .  1  1
+                  x0 x1 x2 x3 y0 y1 y2 y3 A0 A1 B0 B1
+        chunk      0  0  1  1  0  0  1  1  0  1  0  1
+        position   0  1  2  3  0  1  2  3  1  3  1  3
+        x0         1  .  .  .  .  .  .  .  .  .  .  .
+        x1         1  1  .  .  .  .  .  .  .  .  .  .
+        x2         1  1  1  .  .  .  .  .  .  .  .  .
+        x3         1  1  1  1  .  .  .  .  .  .  .  .
+        y0         .  .  .  .  1  .  .  .  .  .  .  .
+        y1         .  .  .  .  1  1  .  .  .  .  .  .
+        y2         1  1  .  .  .  .  1  .  .  .  .  .
+        y3         1  1  .  .  .  .  1  1  .  .  .  .
+        A0         .  .  .  .  1  1  .  .  1  .  .  .
+        A1         1  1  .  .  .  .  1  1  .  1  .  .
+        B0         1  1  .  .  o  o  .  .  .  .  1  .
+        B1         1  1  1  1  .  .  o  o  .  .  .  1
     """
     q_kind, k_kind = kind[:, None], kind[None, :]
     q_chunk, k_chunk = chunk[:, None], chunk[None, :]
     earlier = pos[None, :] <= pos[:, None]
-    true_sees = (q_kind == TRUE) & (k_kind == TRUE) & earlier
-    own_sees_true = (q_kind == OWN) & (k_kind == TRUE) & (k_chunk < q_chunk)
-    own_sees_own = (q_kind == OWN) & (k_kind == OWN) & (k_chunk == q_chunk) & earlier
-    return true_sees | own_sees_true | own_sees_own
+    of_truth, of_own = (q_kind == TRUE) | (q_kind == GIST), (q_kind == OWN) | (q_kind == OWN_GIST)
+    truth_sees_true = of_truth & (k_kind == TRUE) & earlier
+    own_sees_true = of_own & (k_kind == TRUE) & (k_chunk < q_chunk)
+    sees_own = of_own | (q_kind == GIST) if truth_beside_own else of_own
+    sees_own = sees_own & (k_kind == OWN) & (k_chunk == q_chunk) & earlier
+    itself = torch.eye(len(kind), dtype=torch.bool, device=kind.device)
+    return truth_sees_true | own_sees_true | sees_own | itself
 
 
 def bottleneck_mask(chunk, kind, how):

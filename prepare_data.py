@@ -627,11 +627,16 @@ def get_batch(tokens, seed, step, batch_size, length, rank=0, ranks=1, stream=0)
     same windows whatever their number. stream: an int that sets apart independent uses of one seed.
     ValueError if `tokens` is shorter than `length` or the ranks do not divide batch_size.
     """
+    return windows(tokens, batch_starts(tokens, seed, step, batch_size, length, rank, ranks, stream), length)
+
+
+def batch_starts(tokens, seed, step, batch_size, length, rank=0, ranks=1, stream=0):
+    """Where in `tokens` the rows of `get_batch` begin, int [batch_size / ranks]."""
     if batch_size % ranks:
         raise ValueError(f"batch_size={batch_size} must be a multiple of the {ranks} ranks")
     starts = np.random.default_rng([seed, stream, step]).integers(last_start(tokens, length) + 1, size=batch_size)
     share = batch_size // ranks
-    return windows(tokens, starts[rank * share:(rank + 1) * share], length)
+    return starts[rank * share:(rank + 1) * share]
 
 
 def val_windows(tokens, n, length):

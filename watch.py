@@ -229,7 +229,7 @@ def threshold(sample, rng, known=None, steps=10_000, chains=500):
         return sample[start + np.arange(BLOCK)[None, :, None]].reshape(-1, chains)
 
     calibration = draw((known or len(sample)) // BLOCK * BLOCK)
-    spread, reference = calibration.std(0), calibration[-MEMORY // 2:].mean(0)
+    spread, reference = np.maximum(calibration.std(0), 1e-9), calibration[-MEMORY // 2:].mean(0)
     sums, top = np.zeros(chains), np.zeros(chains)
     for x in draw(steps):
         sums = np.maximum(0, sums + (x - reference) / spread - SLACK)
