@@ -2,10 +2,11 @@
 # make test  the same set-up, and the tests
 # make study-1   the runs behind the README's tables of stage 1; goes on where it was
 # make study-1-long   the same for 20,000 self steps
+# make study-2   the same of stage 2
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test study-1 study-1-long
+.PHONY: run test study-1 study-1-long study-2
 run: .venv/installed
 	$(BIN)/python prepare_data.py
 	$(BIN)/python self_ce.py
@@ -13,6 +14,10 @@ run: .venv/installed
 
 study-1: .venv/installed
 	$(BIN)/python study.py 1
+	$(BIN)/python study_report.py
+
+study-2: .venv/installed
+	$(BIN)/python study.py 2
 	$(BIN)/python study_report.py
 
 study-1-long: .venv/installed
