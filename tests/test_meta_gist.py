@@ -375,7 +375,7 @@ def test_the_critic_of_self_is_the_learner_plus_what_it_differed_by_and_that_of_
     (["--mixed=exact"], "mixed='exact' is not one of"),
     (["--kappa=0"], "kappa=0.0"),
     (["--val_chunks=similar", "--block_size=24"], "block_size=24 must be a multiple of 16"),
-    (["--train_tokens=64"], "asks for texts of"),
+    (["--train_tokens=20"], "asks for texts of"),
     (["--resume=no/such/run"], "holds no ckpt.pt"),
 ])
 def test_bad_settings_are_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, arguments, message):
