@@ -2,15 +2,16 @@
 # make test  the same set-up, and the tests
 # make study-1   the runs behind the README's tables of stage 1; goes on where it was
 # make study-1-long   the same for 20,000 self steps
-# make study-2   the same of stage 2
+# make study-2, study-3   the same of stages 2 and 3
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test study-1 study-1-long study-2
+.PHONY: run test study-1 study-1-long study-2 study-3
 run: .venv/installed
 	$(BIN)/python prepare_data.py
 	$(BIN)/python self_ce.py
 	$(BIN)/python gist_bottleneck.py
+	$(BIN)/python meta_gist.py
 
 study-1: .venv/installed
 	$(BIN)/python study.py 1
@@ -18,6 +19,10 @@ study-1: .venv/installed
 
 study-2: .venv/installed
 	$(BIN)/python study.py 2
+	$(BIN)/python study_report.py
+
+study-3: .venv/installed
+	$(BIN)/python study.py 3
 	$(BIN)/python study_report.py
 
 study-1-long: .venv/installed

@@ -88,6 +88,12 @@ STUDIES = {
         **{f"span-{s}": f"{GISTS} --span={s} --path=reinforce --distance=energy" for s in (1, 2, 4)},
         "long": "--start={out}/study-2/base/{seed} --arms=real,frozen,random --self_steps=2500 --eval_interval=100",
     }, (1, 2, 3, 4, 5)),
+    # Second order: a critic that starts broad and random, and the same left so, or sharpened by hand.
+    "3": ("meta_gist.py", {
+        "base": "",
+        "untrained": "--meta_steps=400 --arms=real,frozen",
+        "by-hand": "--meta_steps=400 --kappa=7 --arms=real,frozen",
+    }, (1, 2, 3, 4, 5)),
     # Where is a frozen critic hacked only after hundreds of steps, as earlier work saw at 750?
     "hunt": ("self_ce.py", {
         **{f"accuracy-{m}": f"--vocab=4096 --meta_steps={m} --self_steps=1200 --arms=real,frozen --eval_interval=20"

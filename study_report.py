@@ -1,7 +1,7 @@
 """
 What the studies say: the tables between the marks of README.md, and figures/stage-*-study.png.
 
-    python study_report.py            # after `python study.py 1`, 1-long or 2; says how many seeds each number rests on
+    python study_report.py            # after `python study.py 1`, 1-long, 2 or 3; says how many seeds each number rests on
 
 Hacks that have not come by an arm's end are counted as its end, and marked with >.
 """
@@ -286,6 +286,21 @@ def gist_arms():
     return "\n".join(lines)
 
 
+def second_order():
+    """Gain of one inner step and cosines at the end of the meta phase, and what the open run recovers."""
+    lines = ["| critic | seeds | gain | shuffled | real | cos with real | cos_bb | real's | arm | steps to hack | recovered |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]
+    for name, what in (("base", "200 steps of second order"), ("untrained", "κ = 1, left as it starts"),
+                       ("by-hand", "κ = 7 by hand, random E")):
+        runs = [s for s, _ in load(name, "3").values()]
+        for arm in runs[0]["arms"] if runs else ():
+            found = [pm([1e3 * s[k] for s in runs]) for k in ("gain", "gain_shuffled", "gain_real")]
+            found += [pm([s[k] for s in runs]) for k in ("cosine_real", "cos_bb", "cos_bb_real")]
+            lines.append(f"| {what} | {len(runs)} | " + " | ".join(found) + f" | `{arm}` | {hack_text(runs, arm)} | "
+                         f"{pm([s['arms'][arm]['recovered'] for s in runs])} |")
+    return "\n".join(lines)
+
+
 def draw():
     FIGURES.mkdir(exist_ok=True)
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6))
@@ -322,7 +337,7 @@ def main():
         refuse(f"{OUT}/study-1 holds no finished run of the point base; run python study.py 1 first")
     parts = dict(levers=lever_table(), ensembles=ensemble_table(), law=law(), order=breaking_order(),
                  judged=cross_examination(), watch=watch_score(), rescues=rescues(), long=long_run(), carried=carried(),
-                 gist_arms=gist_arms())
+                 gist_arms=gist_arms(), second_order=second_order())
     text = README.read_text()
     for name, content in parts.items():
         print(content, "\n")
