@@ -150,6 +150,7 @@ def one_of_two_ranks(rank, folder):
         found.append((exact, naive))
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
