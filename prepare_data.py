@@ -79,11 +79,12 @@ TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SPELLINGS = 4                                             # ids of a token, or spellings of a word in plays-synonyms
 SPELLED = ("planted-synonyms", "plays-spellings")         # whose tokens have several ids
 PLANTED = ("planted-synonyms", "planted-facts")           # texts made here, whose words are the tokens
-PLANTED_VOCAB = 512                                       # ids, all of them in use
+PLANTED_VOCAB = 512                                       # ids, all of them in use; planted-synonyms may have fewer
 PLANTED_WORDS = {"train": 1_000_000, "val": 100_000}      # tokens, to the end of a sentence
 PLANT_SEED = 1
 SPELLING, CHAIN, WALK, FACTS, INVENTED, USED = range(6)   # what is random, each with a stream of its own
-MEANINGS, SUCCESSORS = PLANTED_VOCAB // SPELLINGS, 8      # planted-synonyms: how many may follow each
+LEAST_PLANTED = 64                                        # ids of planted-synonyms at the least: 16 meanings
+SUCCESSORS = 8                                            # planted-synonyms: how many meanings may follow each
 PLACES, LAGS = 128, (2000, 8000)                          # planted-facts: answers, and tokens from fact to answer
 FREQUENT, WORD = 500, re.compile(r"\w[\w']*")             # plays-synonyms: words replaced, and what a word is
 
@@ -206,10 +207,10 @@ def stream_documents(rows):
                "connect to the internet and run again, or with a smaller --stream_tokens")
 
 
-def load(dataset, root):
+def load(dataset, root, vocab=PLANTED_VOCAB):
     """(sha256 of the source, or None of a stream and of what is made here; iterable of documents) of a dataset."""
     if dataset == "planted-synonyms":
-        return None, synonym_documents()
+        return None, synonym_documents(vocab // SPELLINGS)
     if dataset == "planted-facts":
         return None, fact_documents()
     if SOURCES.get(dataset) == WHEEL:
@@ -245,26 +246,26 @@ def invent(rng, length, taken):
             return word
 
 
-def chain():
-    """float64 [MEANINGS, MEANINGS]: how likely each meaning (column) is after each (row), in the order of the ids."""
-    rng, p = dice(CHAIN), np.zeros((MEANINGS, MEANINGS))
-    for share in rng.dirichlet(np.ones(SUCCESSORS), MEANINGS).T:
-        p[np.arange(MEANINGS), rng.permutation(MEANINGS)] += share  # so that each has as many predecessors
+def chain(meanings):
+    """float64 [meanings, meanings]: how likely each meaning (column) is after each (row), in the order of the ids."""
+    rng, p = dice(CHAIN), np.zeros((meanings, meanings))
+    for share in rng.dirichlet(np.ones(SUCCESSORS), meanings).T:
+        p[np.arange(meanings), rng.permutation(meanings)] += share  # so that each has as many predecessors
     return p
 
 
-def optimum():
+def optimum(meanings):
     """The least cross entropy on planted-synonyms, in nats a token: that of the chain, and of the spelling."""
-    p = torch.from_numpy(chain())
+    p = torch.from_numpy(chain(meanings))
     often = torch.linalg.matrix_power(p, 1024)[0]  # share of each meaning, in the long run
     return (often @ torch.special.entr(p).sum(1)).item() + math.log(SPELLINGS)
 
 
-def synonym_documents():
+def synonym_documents(meanings):
     """A walk along the chain, each meaning as a word; `write_splits` draws their spellings."""
     rng, taken = dice(WALK), set()
-    words = sorted(invent(rng, 4, taken) for _ in range(MEANINGS))
-    reach = np.cumsum(chain(), axis=1)
+    words = sorted(invent(rng, 4, taken) for _ in range(meanings))
+    reach = np.cumsum(chain(meanings), axis=1)
     reach[:, -1] = 1  # what rounding left
     reach, at = reach.tolist(), 0
     for split, size in PLANTED_WORDS.items():
@@ -484,12 +485,15 @@ def prepare(dataset, vocab, root=DATA_ROOT, stream_tokens=stream_tokens):
     Refuses bad input (SystemExit 2) and leaves nothing half written. If several processes prepare the same at once,
     one works and the others wait. A text of the user's that has changed since then is refused.
     """
-    if dataset in PLANTED and vocab != PLANTED_VOCAB:
+    if dataset == "planted-facts" and vocab != PLANTED_VOCAB:
         refuse(f"vocab={vocab}: the words of {dataset} are its tokens, and they are --vocab={PLANTED_VOCAB}")
+    if dataset == "planted-synonyms" and (vocab % SPELLINGS or not LEAST_PLANTED <= vocab <= PLANTED_VOCAB):
+        refuse(f"vocab={vocab} must be a multiple of {SPELLINGS} from {LEAST_PLANTED} to {PLANTED_VOCAB}: of {dataset}, "
+               f"each meaning has {SPELLINGS} ids")
     if dataset == "plays-spellings" and (vocab % SPELLINGS or vocab < SPELLINGS * BYTES):
         refuse(f"vocab={vocab} must be a multiple of {SPELLINGS} from {SPELLINGS * BYTES} on: of {dataset}, each token "
                f"has {SPELLINGS} ids, so that --vocab={SPELLINGS * 512} has a BPE of 512 below it")
-    if not BYTES <= vocab <= LARGEST:
+    if dataset not in PLANTED and not BYTES <= vocab <= LARGEST:
         refuse(f"vocab={vocab} must be 256 (bytes), 50257 (GPT-2's), or another number up to {LARGEST} (a BPE)")
     if stream_tokens < 1:
         refuse(f"stream_tokens={stream_tokens} must be above 0")
@@ -499,7 +503,7 @@ def prepare(dataset, vocab, root=DATA_ROOT, stream_tokens=stream_tokens):
         if dataset in SPELLED:
             meta["spellings"] = SPELLINGS
         if dataset == "planted-synonyms":
-            meta["optimum_nats"] = round(optimum(), 6)
+            meta["optimum_nats"] = round(optimum(vocab // SPELLINGS), 6)
         if dataset == "planted-facts":
             meta.update(places=PLACES, chance_nats=round(math.log(PLACES), 6), lags=LAGS)
         if dataset == "fineweb-edu":
@@ -517,7 +521,7 @@ def prepare(dataset, vocab, root=DATA_ROOT, stream_tokens=stream_tokens):
 def make_folder(folder, meta):
     """Builds `folder` in a temporary sibling and renames it, unless another process does so meanwhile."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    meta["source_sha256"], documents = load(meta["dataset"], folder.parent)
+    meta["source_sha256"], documents = load(meta["dataset"], folder.parent, meta["vocab"])
     tmp = folder.with_name(f".{folder.name}.tmp")
     with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
