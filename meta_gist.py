@@ -272,7 +272,7 @@ def mixed_product(nets, theta, phi, batch, said, w, wrt):
 
 
 def meta_step(nets, theta, phi, batches, chances, outer, average):
-    """(dφ, O(θ_S), θ_S, (said, a, L) of the first step): how φ should have moved S inner steps, so that O had been lower.
+    """(dφ, O(θ_S), θ_S, (said, a, g, L) of the first step): how φ should have moved S inner steps, so that O had been lower.
 
     batches: (w, seen) of each step; chances: its uniform numbers; outer: text w that judges. average: of a list of
     tensors over ranks, in place. g, ∇O and the mixed products are linear in what each rank sees: averaged, N ranks
@@ -281,7 +281,7 @@ def meta_step(nets, theta, phi, batches, chances, outer, average):
     trail = []
     for batch, u in zip(batches, chances):                       # of each step are kept θ_k, g_k and what was said
         said, a, g, inner = inner_gradient(nets, theta, phi, batch, u, average)
-        heard = heard if trail else (said, a, inner)
+        heard = heard if trail else (said, a, g, inner)
         trail.append((theta, g, batch, said))
         theta = inner_step(theta, g)
     if mixed == "graph":
@@ -417,35 +417,37 @@ def pretrain_step(run, corpus, nets, optimizer, step, tally):
     take_step(run, learner, optimizer, g, tally)
 
 
-def train_critic(run, corpus, nets, optimizer, at, library, tally):
-    """A meta step at the learner of the pool whose turn it is; then that learner moves, by the signal or by real text.
+def train_critic(run, corpus, nets, optimizers, at, library, tally):
+    """A meta step at the learner of the pool whose turn it is; then that learner takes a step, as the arms do.
 
-    at["pool"]: [{"theta", "age", "best"}], theta None where a learner starts anew from the pretrained one. A critic
-    trained at one learner that never moves memorises one good direction; trained only where real steps lead, it does
-    not know where its own signal leads.
+    at["pool"]: [{"learner", "optimizer", "age", "best"}], empty where a learner starts anew from the pretrained one. A
+    critic trained at one learner that never moves memorises one good direction; trained only where real steps lead, it
+    does not know where its own signal leads.
     """
-    turn = at["critic_step"] % pool
+    turn, (learner, critic), (mover, moves) = at["critic_step"] % pool, nets, library["mover"]
     member = at["pool"][turn]
-    if member["theta"] is None:
-        member.update(theta=copy.deepcopy(weights(nets[0])), age=0, best=math.inf)
-    theta, phi = member["theta"], weights(nets[1], read_by(nets[1]))
+    if not member:
+        member.update(learner=learner.state_dict(), optimizer=copy.deepcopy(optimizers[0].state_dict()), age=0,
+                      best=math.inf)
+    mover.load_state_dict(member["learner"])
+    moves.load_state_dict(member["optimizer"])
+    theta, phi = weights(mover), weights(critic, read_by(critic))
     if val_chunks == "similar" and at["critic_step"] % index_every == 0:
         at["index_from"], library["index"] = phi["embed.weight"][:vocab].clone(), None
     if val_chunks == "similar" and library["index"] is None:  # a resumed run makes it again from what it was made from
         library["index"] = make_index(train_tokens_of(corpus), at["index_from"])
     batches, chances, outer = meta_batch(run, corpus, at["critic_step"], library["index"], tally)
-    dphi, judged, moved, (said, a, loss) = meta_step(nets, theta, phi, batches, chances, outer, run.average)
-    note(tally, loss, speak_true(nets[0], theta, batches[0][0], said), batches[0][0][:, 1:], a)
-    take_step(run, nets[1], optimizer, dphi, tally)
-    if turn >= round(pool * pool_self):
-        moved = theta
-        for w, _ in batches:
-            moved = inner_step(moved, real_gradient(run, nets[0], moved, w)[0])
+    dphi, judged, _, (said, a, g, loss) = meta_step(nets, theta, phi, batches, chances, outer, run.average)
+    w = batches[0][0]
+    note(tally, loss, speak_true(learner, theta, w, said), w[:, 1:], a)
+    take_step(run, critic, optimizers[1], dphi, tally)
+    take_step(run, mover, moves, real_gradient(run, learner, theta, w)[0] if turn >= round(pool * pool_self) else g)
     judged = run.mean(judged)
-    member.update(theta=moved, age=member["age"] + 1, best=min(member["best"], judged))
+    member.update(learner=copy.deepcopy(mover.state_dict()), optimizer=moves.state_dict(), age=member["age"] + 1,
+                  best=min(member["best"], judged))
     if member["age"] >= pool_steps or judged > member["best"] + 2 * hack_margin:
         at["restarts"] += member["age"] < pool_steps
-        member["theta"] = None
+        member.clear()
     at["critic_step"] += 1
 
 
@@ -570,14 +572,19 @@ def measure(run, corpus, nets, theta, phi, at):
 
 
 def precision(phi, corpus):
-    """Where each token is known to have m − 1 others of its meaning: their share among its m − 1 nearest, by cosine."""
+    """Where each token is known to have m − 1 others of its meaning: their share among its m − 1 nearest, by cosine.
+
+    Mean over the tokens of the training text, of all tokens that occur there.
+    """
     m = getattr(corpus.encoding, "spellings", 1)
     if m == 1:
         return {}
     unit = F.normalize(phi["embed.weight"][:vocab], dim=-1)
-    near = (unit @ unit.T).fill_diagonal_(-2).topk(m - 1).indices
-    meaning = torch.arange(vocab, device=near.device) // m
-    return dict(precision=(meaning[near] == meaning[:, None]).float().mean().item())
+    often = torch.from_numpy(np.bincount(train_tokens_of(corpus), minlength=vocab)).to(unit)
+    alike = (unit @ unit.T).fill_diagonal_(-2).masked_fill(often == 0, -2)
+    meaning = torch.arange(vocab, device=unit.device) // m
+    hits = (meaning[alike.topk(m - 1).indices] == meaning[:, None]).to(unit).mean(-1)
+    return dict(precision=(hits @ often / often.sum()).item())
 
 
 def stored_probe(run, corpus):
@@ -753,9 +760,11 @@ def main():
                                          {"params": [p for p in critic.parameters() if not p.dim()]}])
     parts = dict(learner=learner, critic=critic, optimizer=optimizer, critic_optimizer=critic_optimizer, watch=watch)
     at = dict(arm="meta", step=0, track=new_track(), arms={}, meta=None, snapshot=None, found=[], critic_step=0,
-              restarts=0, index_from=None, pool=[dict(theta=None) for _ in range(pool)], real_targets=0,
+              restarts=0, index_from=None, pool=[{} for _ in range(pool)], real_targets=0,
               streams=torch.zeros(0, 3, device=run.device), corpus=corpus_id(corpus))
-    tally, library = {}, dict(index=None)  # the index of gists is made again rather than saved
+    mover = copy.deepcopy(learner)
+    library = dict(index=None, mover=(mover, adamw(mover, learning_rate)))  # made again rather than saved
+    tally = {}
     if run.resumed:
         if run.resumed["corpus"] != at["corpus"]:
             refuse(f"{corpus.folder} holds another corpus or tokenizer than the one that {run.out_dir} was begun with")
@@ -767,7 +776,7 @@ def main():
     gold = Gold(val_windows(corpus.val, eval_windows, block_size + 1), corpus.token_bytes, run, batch_size // run.ranks)
     probe = stored_probe(run, corpus)
     size = sum(p.numel() * p.element_size() for p in [*learner.parameters(), *critic.parameters()])
-    run.open(need_bytes=size * (8 + pool))
+    run.open(need_bytes=size * (8 + 2 * pool))
 
     # ---- meta phase: real tokens are the learner's targets, then the judges of the critic
     if at["arm"] == "meta":
@@ -778,8 +787,7 @@ def main():
             if step % eval_interval == 0 or step == meta_steps:
                 found = {}
                 if step >= pretrain:
-                    member = at["pool"][at["critic_step"] % pool]
-                    theta = weights(learner) if member["theta"] is None else member["theta"]
+                    theta = at["pool"][at["critic_step"] % pool].get("learner") or weights(learner)
                     found = measure(run, corpus, nets, theta, weights(critic, read_by(critic)), at["critic_step"])
                     found.update(restarts=at["restarts"], **precision(weights(critic), corpus))
                     at["found"].append(dict(found, step=step))
@@ -795,7 +803,7 @@ def main():
                     pretrain_step(run, corpus, nets, optimizer, step, tally)
                 else:
                     set_critic_rate(critic_optimizer, step)
-                    train_critic(run, corpus, nets, critic_optimizer, at, library, tally)
+                    train_critic(run, corpus, nets, (optimizer, critic_optimizer), at, library, tally)
         judge_again(run, corpus, nets, at["streams"])
         watch.calibrate(at["streams"].cpu().numpy(), batch_size * block_size, row["agreement_probe"], probe[1].numel())
         at["meta"] = at["track"]

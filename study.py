@@ -27,7 +27,8 @@ LONG = "--batch_size=2 --meta_steps=1000"
 LONG_BASE = "--start={out}/study-1-long/frozen/{seed}"
 LAW = "--self_steps=240 --arms=self --eval_interval=2"
 
-GISTS = "--start={out}/study-2/base/{seed} --arms=real,frozen,random --eval_interval=50"
+GISTS = "--start={out}/study-2/base/{seed} --arms=frozen,random"
+SHARE = "--arms= --controls=full,none"
 
 # study: (script, {name of a point: settings that differ from the script's}, seeds)
 STUDIES = {
@@ -75,18 +76,22 @@ STUDIES = {
     }, (1, 2, 3, 4, 5)),
     # Gists: what they carry, and what a learner recovers from their distance.
     "2": ("gist_bottleneck.py", {
-        "base": "--arms=real,self,frozen,ema,shuffled,sharpen,static,random",
-        **{f"share-{c}": f"--arms= --controls=full,none,pool --chunk={c} --meta_steps=1000" for c in (4, 8, 16)},
-        "share-4-spread": "--arms= --chunk=4 --n_gist=2 --place=spread --meta_steps=1000",
-        "share-4-reconstruct": "--arms= --chunk=4 --reconstruct=0.1 --meta_steps=1000",
-        **{f"rank-{r}": f"{GISTS} --rank={r}" for r in (4, 8, 16)},
-        **{f"tau-{t}": f"{GISTS} --tau={t}" for t in (0.5, 2)},
+        "base": "--arms=real,frozen,random",
         "energy": f"{GISTS} --distance=energy",
         "plain": f"{GISTS} --distance=plain",
+        "rank-16": f"{GISTS} --rank=16",
+        "tau-.5": f"{GISTS} --tau=0.5",
+        "rank-4": f"{GISTS} --rank=4",
+        "span-4": f"{GISTS} --span=4 --path=reinforce --distance=energy",
         "soft": f"{GISTS} --path=soft --distance=plain",
-        "straight-through": f"{GISTS} --path=straight_through --distance=energy --candidates=4",
-        **{f"span-{s}": f"{GISTS} --span={s} --path=reinforce --distance=energy" for s in (1, 2, 4)},
-        "long": "--start={out}/study-2/base/{seed} --arms=real,frozen,random --self_steps=2500 --eval_interval=100",
+        "share-8": f"{SHARE} --chunk=8",
+        "share-16": f"{SHARE} --chunk=16",
+        "share-4-pool": f"{SHARE},pool",
+        "long": f"{GISTS},real --self_steps=2500 --eval_interval=100",
+        "arms": "--start={out}/study-2/base/{seed} --arms=self,ema,shuffled,sharpen,static",
+        "span-2": f"{GISTS} --span=2 --path=reinforce --distance=energy",
+        "share-4-spread": f"{SHARE} --n_gist=2 --place=spread",
+        "share-4-reconstruct": f"{SHARE} --reconstruct=0.1",
     }, (1, 2, 3, 4, 5)),
     # Second order: a critic that starts broad and random, and the same left so, or sharpened by hand.
     "3": ("meta_gist.py", {

@@ -1,4 +1,5 @@
 """Stage 3: second order against slower references, and its script as a user runs it, on the plays at a very small size."""
+import copy
 import json
 import math
 import os
@@ -320,30 +321,41 @@ def test_every_arm_starts_from_the_same_snapshot_and_leaves_what_the_readme_says
     assert log(lent) == [row for row in log(out) if row["arm"] in ("real", "frozen")]
 
 
-def test_learners_of_the_pool_start_again_when_they_are_old_or_hacked(settings, monkeypatch):
+def test_learners_of_the_pool_step_as_the_arms_do_and_start_again_when_they_are_old_or_hacked(settings, monkeypatch):
     nets, theta, phi = small(DENSE)
     for name, value in dict(pool=2, pool_self=0.5, pool_steps=3, val_chunks="random", outer_batch=4, grad_clip=1.0).items():
         monkeypatch.setattr(meta_gist, name, value)
     batches, chances, outer = what_is_read(1)
     monkeypatch.setattr(meta_gist, "meta_batch", lambda *a: (batches, chances, outer))
     run = type("Run", (), dict(average=staticmethod(lambda tensors: None), mean=staticmethod(lambda v: v.item())))
-    at = dict(critic_step=0, restarts=0, pool=[dict(theta=None), dict(theta=None)])
-    optimizer = torch.optim.Adam(nets[1].parameters())
-    step = lambda: meta_gist.train_critic(run, None, nets, optimizer, at, dict(index=None), {})
-    for _ in range(4):
+    at = dict(critic_step=0, restarts=0, pool=[{}, {}])
+    optimizers, mover = (meta_gist.adamw(nets[0], 1e-3), torch.optim.Adam(nets[1].parameters())), copy.deepcopy(nets[0])
+    library = dict(index=None, mover=(mover, meta_gist.adamw(mover, 1.0)))  # its rate must not be the one that counts
+    meta_gist.take_step(run, nets[0], optimizers[0], meta_gist.real_gradient(run, nets[0], theta, batches[0][0])[0])
+    pretrained = copy.deepcopy(nets[0].state_dict())
+    step = lambda: meta_gist.train_critic(run, None, nets, optimizers, at, library, {})
+    arms = [(copy.deepcopy(nets[0]), copy.deepcopy(optimizers[0].state_dict())) for _ in range(2)]
+    for turn, (learner, state) in enumerate(arms):  # what an arm does from the same snapshot: first signal, then real
+        mind, theta = meta_gist.adamw(learner, 1e-3), meta_gist.weights(learner)
+        mind.load_state_dict(state)
+        g = (meta_gist.real_gradient(run, learner, theta, batches[0][0])[0] if turn else meta_gist.inner_gradient(
+            nets, theta, meta_gist.weights(nets[1], meta_gist.read_by(nets[1])), batches[0], chances[0], run.average)[2])
         step()
+        meta_gist.take_step(run, learner, mind, g)
+        assert distance(at["pool"][turn]["learner"], meta_gist.weights(learner)) < 1e-12
+        assert distance(meta_gist.weights(learner), pretrained) > 1e-5
+    assert distance(nets[0].state_dict(), pretrained) == 0  # the pretrained one stays, for the others start from it
+    step(), step()
     assert [m["age"] for m in at["pool"]] == [2, 2] and at["restarts"] == 0
-    by_signal, by_real = (m["theta"] for m in at["pool"])
-    assert distance(by_signal, theta) > 1e-3 < distance(by_real, theta) and distance(by_signal, by_real) > 1e-3
     step()
-    assert at["pool"][0]["theta"] is None and at["pool"][1]["age"] == 2 and at["restarts"] == 0  # old
+    assert at["pool"][0] == {} and at["pool"][1]["age"] == 2 and at["restarts"] == 0  # old
     at["pool"][1]["best"] = -1.0
     step()
-    assert at["pool"][1]["theta"] is None  # age 3 is old too; now one that is young and hacked
+    assert at["pool"][1] == {}  # age 3 is old too; now one that is young and hacked
     step(), step()
     at["pool"][0]["best"] = -1.0
     step()
-    assert at["pool"][0]["theta"] is None and at["restarts"] == 1
+    assert at["pool"][0] == {} and at["restarts"] == 1
 
 
 def test_the_critic_of_self_is_the_learner_plus_what_it_differed_by_and_that_of_ema_follows_slowly(settings, monkeypatch):
