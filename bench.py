@@ -1,11 +1,16 @@
 """
 How long the steps of each stage take, side by side in one run: a row is a ratio to the stage's step on real tokens.
 
-    python bench.py                 # about a minute on two cores
+    python bench.py                 # about three minutes on two cores
+    python bench.py 3               # one stage alone
 
 The real step is cross entropy on text: forward, backward, clip, AdamW. Beside stage 1's stands one of the same sizes
-built of torch.nn.TransformerEncoder, so that the numbers of another machine can be read.
+built of torch.nn.TransformerEncoder, so that the numbers of another machine can be read. Stage 3's meta steps are
+ratios to their first-order parts, the gradients of the inner steps and of the outer loss, in time and in peak memory.
 """
+import multiprocessing
+import resource
+import sys
 import time
 
 import numpy as np
@@ -14,17 +19,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import gist_bottleneck as gb
+import meta_gist as mg
 import self_ce
 from model import GPT, GPTConfig, adamw
 from watch import Watch
 
-ROUNDS, STEPS = 7, 10
+ROUNDS, STEPS = 7, 3
 B, T, V, C = self_ce.batch_size, self_ce.block_size, self_ce.vocab, self_ce.n_embd
 
 
 class Alone:
     """What the steps of a script ask of a run, on one rank."""
-    rank, ranks, device = 0, 1, torch.device("cpu")
+    rank, ranks, device, weight_dtype = 0, 1, torch.device("cpu"), torch.float32
 
     def average(self, tensors):
         pass
@@ -133,6 +139,50 @@ def stage_2():
             "self step, static": lambda: in_self_phase(static)}
 
 
+def meta_parts(steps, batch):
+    """{name: call}: the first-order parts of a meta step of stage 3, `steps` inner gradients and the outer one; then the
+    meta step by each mixed product."""
+    learner, critic = mg.make_nets(Alone())
+    theta, phi = mg.weights(learner), mg.weights(critic, mg.read_by(critic))
+    text = lambda rows: torch.randint(0, mg.vocab, (rows, mg.block_size + 1))
+    batches = [(w, w[:, 1:]) for w in (text(batch) for _ in range(steps))]
+    outer, average = text(4 * batch), Alone().average
+
+    def first_order():
+        for b in batches:
+            mg.inner_gradient((learner, critic), theta, phi, b, None, average)
+        torch.func.grad(lambda th: mg.cross_entropy(learner, th, outer))(theta)
+
+    def second_order(mixed):
+        mg.mixed = mixed
+        mg.meta_step((learner, critic), theta, phi, batches, [None] * steps, outer, average)
+    return {"first order": first_order, **{f"meta step, {m}": lambda m=m: second_order(m)
+                                           for m in ("difference", "forward", "graph")}}
+
+
+def peak(steps, name, answer):
+    """Puts the megabytes that one call adds to the peak of a fresh process into the queue `answer`."""
+    torch.manual_seed(0)
+    meta_parts(1, 1)[name]()  # what is loaded and set up once
+    call, peak_so_far = meta_parts(steps, 64)[name], lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = peak_so_far()
+    call()
+    answer.put(peak_so_far() - before)
+
+
+def memory():
+    processes = multiprocessing.get_context("spawn")
+    for steps in (1, 4, 8):
+        found = {}
+        for name in meta_parts(1, 1):
+            answer = processes.Queue()
+            process = processes.Process(target=peak, args=(steps, name, answer))
+            process.start()
+            found[name] = answer.get(timeout=300)
+            process.join()
+            print(f"  {f'{name}, {steps} steps: peak memory':<44} {found[name]:7.0f} MB {found[name] / found['first order']:7.2f} x")
+
+
 def measure(title, steps, tokens):
     times = {name: [] for name in steps}
     for round_ in range(ROUNDS + 1):
@@ -151,11 +201,19 @@ def measure(title, steps, tokens):
 
 
 def main():
+    stages = sys.argv[1:] or ["1", "2", "3"]
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of {ROUNDS} rounds")
-    measure(f"self_ce.py: {B} x {T} tokens, {V} ids, width {C}", stage_1(), B * T)
-    measure(f"gist_bottleneck.py: {gb.batch_size} x {gb.block_size} tokens, {gb.vocab} ids, width {gb.n_embd}",
-            stage_2(), gb.batch_size * gb.block_size)
+    if "1" in stages:
+        measure(f"self_ce.py: {B} x {T} tokens, {V} ids, width {C}", stage_1(), B * T)
+    if "2" in stages:
+        measure(f"gist_bottleneck.py: {gb.batch_size} x {gb.block_size} tokens, {gb.vocab} ids, width {gb.n_embd}",
+                stage_2(), gb.batch_size * gb.block_size)
+    if "3" in stages:
+        for steps in (1, 4, 8):
+            measure(f"meta_gist.py: {mg.batch_size} x {mg.block_size} tokens, {mg.vocab} ids, width {mg.n_embd}, "
+                    f"{steps} inner steps", meta_parts(steps, mg.batch_size), steps * mg.batch_size * mg.block_size)
+        memory()
 
 
 if __name__ == "__main__":

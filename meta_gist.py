@@ -35,7 +35,7 @@ from prepare_data import batch_starts, corpus_id, decode, get_batch, open_corpus
 from watch import MEMORY, STREAMS, Gold, Watch, new_track, summarise, track_gold, write_report
 
 # --- experiment
-arms = "real,frozen,self,ema,shuffled,sharpen"  # any of self, frozen, ema, real, shuffled, sharpen, with commas
+arms = "real,frozen,self,ema,shuffled,sharpen"  # any of self, frozen, ema, real, first, shuffled, sharpen
 meta_steps = 600        # steps of the meta phase: the learner's, then the critic's
 pretrain = 400          # of these, steps of the learner alone, on real text; the rest trains the critic
 self_steps = 500        # steps of each arm, with the critic's signal
@@ -49,7 +49,7 @@ gist_b = "truth"        # "truth" | "own+truth": what the gist of the observatio
 samples = 1             # rollouts for each observation
 zero_mean = True        # subtract what the critic says when it reads own text in the observation's place
 kappa = 1.0             # sharpness that the critic starts with
-eta = 0.1               # distrust of what comes after the texts have parted, that the critic starts with
+eta = 10.0              # distrust of what comes after the texts have parted, that the critic starts with
 # --- second order
 inner_steps = 1         # steps that the learner takes before the outer loss judges
 rule = "fixed"          # "fixed" | "proportional" | "sgd": an inner step is as long as length, times ‖θ‖, times ‖g‖
@@ -92,7 +92,8 @@ resume = ""             # the folder of a run to go on with
 start = ""              # the folder of a run whose finished meta phase to start from, instead of one's own
 wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Biases
 
-ARMS = ("self", "frozen", "ema", "real", "shuffled", "sharpen")
+ARMS = ("self", "frozen", "ema", "real", "first", "shuffled", "sharpen")
+REAL = ("real", "first")  # arms with real targets: all, or of a chunk the first alone, which follows a true prefix
 # Settings that the meta phase does not read: with `start`, the others must be those of the run started from.
 SELF_PHASE = ("arms", "self_steps", "hack_margin", "self_rate", "ema_decay", "eval_interval",
               "eval_windows", "save_interval", "device", "out_dir", "resume", "start", "wandb_log")
@@ -210,10 +211,10 @@ def inner_loss(learner, theta, a, x, y, **options):
     return -(a * log_p(learner, theta, x, y, **options)).sum(-1).mean()
 
 
-def cross_entropy(learner, theta, w, **options):
-    """Nats a token of text w [B, T + 1]: the outer loss, and the real arm's."""
+def cross_entropy(learner, theta, w, every=1, **options):
+    """Nats a token of text w [B, T + 1], or of each `every`-th token of it: the outer loss, and the real arms'."""
     logits = functional_call(learner, theta, (w[:, :-1],), options)
-    return F.cross_entropy(logits.flatten(0, 1), w[:, 1:].flatten())
+    return F.cross_entropy(logits[:, ::every].flatten(0, 1), w[:, 1::every].flatten())
 
 
 def dot(a, b):
@@ -256,19 +257,29 @@ def pull_back(theta, g, lam):
 def mixed_product(nets, theta, phi, batch, said, w, wrt):
     """∂ ⟨∇_θ L(θ, φ), w⟩ by θ and φ, as a tuple of those of the two that wrt, (1,) or (0, 1), names.
 
-    That is the derivative of dL/dε at θ + εw. Forward mode gives dL/dε exactly; the difference of two gradients needs
-    first order only. What the critic reads of p is a function of θ too; the tokens y are data.
+    ⟨∇_θ L, w⟩ = −Σ_v a(v) ℓ̇(v), with ℓ̇ how log p moves along w: by φ it is the derivative of a alone, to first order.
+    By θ it is that of a, for the critic reads p, and of ℓ̇. Forward mode is exact; the difference of two gradients needs
+    first order only, so it runs with any attention kernel. The tokens y are data.
     """
-    (learner, critic), (text, seen), y = nets, batch, said[0]
-
-    def loss(moved, th, ph, **options):
-        read = (y, log_p(learner, th, text[:, :-1], y, **options).exp()) if 0 in wrt else said
-        return inner_loss(learner, moved, signal(critic, ph, text, seen, read), text[:, :-1], y, **options)
-    if mixed == "forward":
-        return grad(lambda th, ph: jvp(lambda moved: loss(moved, th, ph, fused=False), (th,), (w,))[1], wrt)(theta, phi)
+    (learner, critic), (text, seen), y, x = nets, batch, said[0], batch[0][:, :-1]
     eps = torch.finfo(dot(w, w).dtype).eps ** (1 / 3) * (dot(theta, theta) / dot(w, w).clamp_min(1e-30)).sqrt()
-    up, down = (grad(lambda th, ph: loss(add(th, w, e), th, ph), wrt)(theta, phi) for e in (eps, -eps))
-    return tuple(add({n: t / (2 * eps) for n, t in a.items()}, b, -1 / (2 * eps)) for a, b in zip(up, down))
+
+    def along(f, th, fused=True):
+        """How f moves along w, at th."""
+        if mixed == "forward":
+            return jvp(lambda moved: f(moved, fused=False), (th,), (w,))[1]
+        return (f(add(th, w, eps), fused=fused) - f(add(th, w, -eps), fused=fused)) / (2 * eps)
+    moves = along(lambda moved, **options: log_p(learner, moved, x, y, **options), theta)    # ℓ̇
+
+    def heard(th, ph):
+        read = (y, log_p(learner, th, x, y).exp()) if 0 in wrt else said
+        return -(signal(critic, ph, text, seen, read) * moves).sum(-1).mean()
+    parts = grad(heard, wrt)(theta, phi)
+    if 0 in wrt:
+        a = signal(critic, phi, text, seen, said)
+        spoken = lambda moved, **options: inner_loss(learner, moved, a, x, y, **options)
+        parts = add(parts[0], grad(lambda th: along(spoken, th))(theta)), parts[1]
+    return parts
 
 
 def meta_step(nets, theta, phi, batches, chances, outer, average):
@@ -402,9 +413,9 @@ def take_step(run, module, optimizer, g, tally=None):
         tally["grad_norm"] = tally.get("grad_norm", 0) + norm
 
 
-def real_gradient(run, learner, theta, w):
-    """(∇ of the cross entropy of text w averaged over ranks, nats a token)."""
-    g, loss = grad_and_value(lambda th: cross_entropy(learner, th, w))(theta)
+def real_gradient(run, learner, theta, w, every=1):
+    """(∇ of the cross entropy of text w averaged over ranks, nats a token), of each `every`-th token."""
+    g, loss = grad_and_value(lambda th: cross_entropy(learner, th, w, every))(theta)
     run.average(list(g.values()))
     return g, loss
 
@@ -494,11 +505,11 @@ def arm_step(run, corpus, arm, nets, optimizer, step, tally):
 
 
 def signal_or_real(run, arm, nets, theta, batch, u):
-    """As `inner_gradient`; for the real arm the gradient is the cross entropy's, and a names the truth."""
-    if arm != "real":
+    """As `inner_gradient`; for the real arms the gradient is the cross entropy's, and a names the truth."""
+    if arm not in REAL:
         return inner_gradient(nets, theta, weights(nets[1], read_by(nets[1])), batch, u, run.average)
     w, seen = batch
-    g, loss = real_gradient(run, nets[0], theta, w)
+    g, loss = real_gradient(run, nets[0], theta, w, chunk if arm == "first" else 1)
     said = None, log_p(nets[0], theta, w[:, :-1], None).exp()
     return said, F.one_hot(seen, vocab), g, loss
 
@@ -702,6 +713,8 @@ def check(ranks):
     if own == "dense" and (chunk, n_gist, gist_layer) != (1, 1, 0):
         refuse(f"own='dense' is exact for single tokens: chunk={chunk}, n_gist={n_gist}, gist_layer={gist_layer} must be "
                "1, 1, 0; use --own=rollout")
+    if "first" in names and chunk == 1:
+        refuse("arm 'first' needs a chunk of 2 or more: of single tokens it is the arm 'real'")
     if chunk < 1 or block_size % chunk:
         refuse(f"chunk={chunk} must divide block_size={block_size}")
     if n_gist < 1 or chunk % n_gist:
@@ -822,7 +835,7 @@ def main():
         run.start_clock(at["step"])
         for step in range(at["step"], self_steps + 1):
             run.checkpoint(step, at, tally, **parts)
-            set_rate(optimizer, meta_steps + step, 1.0 if arm == "real" else self_rate)
+            set_rate(optimizer, meta_steps + step, 1.0 if arm in REAL else self_rate)
             if step % eval_interval == 0 or step == self_steps:
                 row, stream = write_row(run, corpus, arm, step, self_steps, tally, nets, gold, probe, optimizer,
                                         at["real_targets"], {})
@@ -830,7 +843,7 @@ def main():
                     run.say(f"{arm}: hacked at step {track['steps_to_hack']}, gold {row['gold_nats']:.3f} after a best "
                             f"of {track['gold_best']:.3f}")
                     track["reports"].append(report(run, arm, step, "gold", watch, nets, snapshot, corpus, row))
-                listens = ("surprise", "entropy") if arm == "real" else tuple(STREAMS)  # real has no critic to watch
+                listens = ("surprise", "entropy") if arm in REAL else tuple(STREAMS)  # these have no critic to watch
                 alarms = watch.update(step, stream.cpu(), row["agreement_probe"], listens) if stream is not None else []
                 if alarms and step - (track["alarms"] or [-MEMORY])[-1] >= MEMORY:
                     track["alarms"].append(step)
@@ -842,7 +855,7 @@ def main():
             arm_step(run, corpus, arm, nets, optimizer, step, tally)
             if arm in ("self", "ema"):
                 follow(arm, nets, snapshot)
-            at["real_targets"] += batch_size * block_size if arm == "real" else 0
+            at["real_targets"] += batch_size * block_size // dict(real=1, first=chunk)[arm] if arm in REAL else 0
         at["arms"][arm] = track
         write_samples(run, f"arm {arm}", nets, corpus)
 

@@ -28,6 +28,11 @@ LONG_BASE = "--start={out}/study-1-long/frozen/{seed}"
 LAW = "--self_steps=240 --arms=self --eval_interval=2"
 
 GISTS = "--start={out}/study-2/base/{seed} --arms=frozen,random"
+SMALL = ("--n_layer=1 --n_head=2 --block_size=16 --batch_size=64 --outer_batch=256 --learning_rate=3e-3 --warmup=10 "
+         "--critic_rate=0.2 --self_steps=300 --eval_interval=30 --eval_windows=256")
+SYNONYMS = f"--dataset=planted-synonyms --vocab=256 --train_tokens=40000 --pretrain=30 {SMALL}"
+SPELLINGS = f"--dataset=plays-spellings --vocab=1024 --train_tokens=100000 --pretrain=50 --pool_steps=400 {SMALL}"
+CHUNKS = "--own=rollout --chunk=4 --n_gist=4"
 SHARE = "--arms= --controls=full,none"
 
 # study: (script, {name of a point: settings that differ from the script's}, seeds)
@@ -96,8 +101,22 @@ STUDIES = {
     # Second order: a critic that starts broad and random, and the same left so, or sharpened by hand.
     "3": ("meta_gist.py", {
         "base": "",
+        "synonyms": f"{SYNONYMS} --meta_steps=430 --arms=real,frozen,self,ema,shuffled",
+        "synonyms-by-hand": f"{SYNONYMS} --meta_steps=30 --kappa=7 --arms=real,frozen",
+        "chunk-4": f"{CHUNKS} --arms=real,first,frozen,self,ema,shuffled",
+        "chunk-4-by-hand": f"{CHUNKS} --meta_steps=400 --kappa=7 --arms=real,frozen",
+        "synonyms-10000": f"{SYNONYMS} --meta_steps=430 --arms=real,frozen --train_tokens=10000",
+        "synonyms-10000-by-hand": f"{SYNONYMS} --meta_steps=30 --kappa=7 --arms=real,frozen --train_tokens=10000",
+        "spellings": f"{SPELLINGS} --meta_steps=650 --arms=real,frozen",
+        "spellings-by-hand": f"{SPELLINGS} --meta_steps=50 --kappa=7 --arms=real,frozen",
         "untrained": "--meta_steps=400 --arms=real,frozen",
         "by-hand": "--meta_steps=400 --kappa=7 --arms=real,frozen",
+        "next": "--val_chunks=next --arms=real,frozen",
+        "similar": "--val_chunks=similar --arms=real,frozen",
+        "steps-2": "--inner_steps=2 --arms=real,frozen",
+        "steps-4": "--inner_steps=4 --arms=real,frozen",
+        **{f"facts-{c}": f"--dataset=planted-facts --val_chunks={c} --arms=real,frozen" for c in ("random", "next", "similar")},
+        "chunk-4-sharp": f"{CHUNKS} --kappa=7 --arms=real,frozen",
     }, (1, 2, 3, 4, 5)),
     # Where is a frozen critic hacked only after hundreds of steps, as earlier work saw at 750?
     "hunt": ("self_ce.py", {

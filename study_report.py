@@ -17,7 +17,7 @@ import numpy as np
 
 from configurator import refuse
 from plot import COLOUR, STUDENT, interval, read_run
-from study import OUT, ROOT, STUDIES, finished
+from study import GISTS, OUT, ROOT, STUDIES, finished
 
 README, FIGURES = ROOT / "README.md", ROOT / "figures"
 
@@ -265,40 +265,105 @@ def carried():
     return "\n".join(lines)
 
 
+def gist_row(what, arm, runs, shares):
+    last = [next(r for r in reversed(rows) if r["arm"] == arm) for _, rows in runs]
+    agree = "" if arm == "real" else pm([r["agreement"] for r in last])
+    return (f"| {what} | `{arm}` | {len(runs)} | {hack_text([s for s, _ in runs], arm)} | {pm(shares)} | {agree} | "
+            f"{np.mean([s['directions'] for s, _ in runs]):.0f} |")
+
+
 def gist_arms():
-    """What an arm recovers of real training through the distance of gists, over the points of study 2."""
-    lines = ["| what differs | arm | seeds | steps to hack | recovered | agreement | directions kept | real tokens as targets |",
-             "|---|---|---|---|---|---|---|---|"]
-    plain = STUDIES["2"][1]
-    for name in plain:
-        runs = list(load(name, "2").values())
-        if not runs or not runs[0][0]["arms"]:
+    """What the arms of one setting recover of real training through the distance of gists."""
+    base, arms = load("base", "2"), load("arms", "2")
+    lines = ["| arm | seeds | steps to hack | recovered at 250 | agreement |", "|---|---|---|---|---|"]
+    for point, names in ((base, ("real", "frozen")), (arms, ("self", "ema", "shuffled", "sharpen", "static")),
+                         (base, ("random",))):
+        for arm in names if point else ():
+            row = gist_row("", arm, list(point.values()), recovered_at(point, arm, base, 250))
+            lines.append(row.removeprefix("|  ").rsplit("|", 2)[0] + "|")
+    return "\n".join(lines) if arms else ""
+
+
+def forgets():
+    """What is recovered as the gists, or the score, tell less apart; and scores that are not proper."""
+    base = load("base", "2")
+    lines = ["| what differs | arm | seeds | steps to hack | recovered at 250 | agreement | directions |",
+             "|---|---|---|---|---|---|---|"]
+    for name, settings in STUDIES["2"][1].items():
+        point = load(name, "2")
+        if name == "base" or not settings.startswith(GISTS) or not point:
             continue
-        what = " ".join(w for w in plain[name].split() if w.split("=")[0] not in ("--start", "--arms", "--eval_interval"))
-        for arm in runs[0][0]["arms"]:
-            last = [next(r for r in reversed(rows) if r["arm"] == arm) for _, rows in runs]
-            shares = [s["arms"][arm]["recovered"] for s, _ in runs]
-            agree = "" if arm == "real" else pm([r["agreement"] for r in last])
-            lines.append(f"| {f'`{what}`' if what else 'nothing'} | `{arm}` | {len(runs)} | "
-                         f"{hack_text([s for s, _ in runs], arm)} | {pm(shares)} | {agree} | "
-                         f"{np.mean([s['directions'] for s, _ in runs]):.0f} | "
-                         f"{np.mean([r['real_targets'] for r in last]):,.0f} |")
+        what = " ".join(w for w in settings.removeprefix(GISTS).split() if not w.startswith(("--eval_interval", ",real")))
+        for arm in ("frozen", "random"):
+            if name == "long":  # beside its own real arm, at its own end
+                shares = [s["arms"][arm]["recovered"] for s, _ in point.values()]
+            else:
+                shares = recovered_at(point, arm, base, 250)
+            lines.append(gist_row(f"`{what}`" + " (recovered at 2,500)" * (name == "long"), arm, list(point.values()),
+                                  shares))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def critic_rows(points, arms=None, what="critic"):
+    """Gain of one inner step and cosines at the end of the meta phase, and what the open run recovers.
+
+    points: {text: point of study 3}.
+    """
+    lines = [f"| {what} | seeds | gain | shuffled | real | cos with real | cos_bb | real's | arm | steps to hack | recovered |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]
+    for text, name in points.items():
+        runs = [s for s, _ in load(name, "3").values()]
+        found = [pm([1e3 * s[k] for s in runs]) for k in ("gain", "gain_shuffled", "gain_real")] if runs else []
+        found += [pm([s[k] for s in runs]) for k in ("cosine_real", "cos_bb", "cos_bb_real")] if runs else []
+        head = f"| {text} | {len(runs)} | " + " | ".join(found)
+        for arm in [a for a in runs[0]["arms"] if a != "real" and a in (arms or runs[0]["arms"])] if runs else ():
+            lines.append(f"{head} | `{arm}` | {hack_text(runs, arm)} | "
+                         f"{pm([s['arms'][arm]['recovered'] for s in runs])} |")
+            head = "| " * 8 + "| "[:1]
     return "\n".join(lines)
 
 
 def second_order():
-    """Gain of one inner step and cosines at the end of the meta phase, and what the open run recovers."""
-    lines = ["| critic | seeds | gain | shuffled | real | cos with real | cos_bb | real's | arm | steps to hack | recovered |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]
-    for name, what in (("base", "200 steps of second order"), ("untrained", "κ = 1, left as it starts"),
-                       ("by-hand", "κ = 7 by hand, random E")):
-        runs = [s for s, _ in load(name, "3").values()]
-        for arm in runs[0]["arms"] if runs else ():
-            found = [pm([1e3 * s[k] for s in runs]) for k in ("gain", "gain_shuffled", "gain_real")]
-            found += [pm([s[k] for s in runs]) for k in ("cosine_real", "cos_bb", "cos_bb_real")]
-            lines.append(f"| {what} | {len(runs)} | " + " | ".join(found) + f" | `{arm}` | {hack_text(runs, arm)} | "
-                         f"{pm([s['arms'][arm]['recovered'] for s in runs])} |")
-    return "\n".join(lines)
+    return critic_rows({"200 steps of second order": "base", "κ = 1, left as it starts": "untrained",
+                        "κ = 7 by hand, random E": "by-hand"})
+
+
+SYNONYMS = {"learned": "synonyms", "κ = 7 by hand, random E": "synonyms-by-hand", "κ = 1, left as it starts":
+            "synonyms-untrained", "learned, 10,000 tokens": "synonyms-10000", "plays, learned": "spellings",
+            "plays, κ = 7 by hand": "spellings-by-hand"}
+
+
+def synonyms():
+    """Where many tokens mean one thing: what second order finds, and who learns faster, with the control by hand."""
+    lines = ["| critic | seeds | precision | gain / real's | cos_bb | real's | recovered at the end | gold at best: signal, real |"
+             " steps to real's best |", "|---|---|---|---|---|---|---|---|---|"]
+    for text, name in SYNONYMS.items():
+        runs = list(load(name, "3").values())
+        if not runs:
+            continue
+        found = [s for s, _ in runs]
+        best = lambda arm: [s["arms"][arm]["gold_best"] for s in found]
+        soon = [next((r["step"] for r in rows if r["arm"] == "frozen" and r["gold_nats"] <= goal), None)
+                for (_, rows), goal in zip(runs, best("real"))]
+        when = [next(r["step"] for r in rows if r["arm"] == "real" and r["gold_nats"] <= goal + 1e-9)
+                for (_, rows), goal in zip(runs, best("real"))]
+        text_soon = ", ".join(f"{a or 'never'} ({b})" for a, b in zip(soon, when))
+        lines.append(f"| {text} | {len(runs)} | {pm([s['precision'] for s in found], 3)} | "
+                     f"{pm([s['gain'] / s['gain_real'] for s in found])} | {pm([s['cos_bb'] for s in found])} | "
+                     f"{pm([s['cos_bb_real'] for s in found])} | "
+                     f"{pm([s['arms']['frozen']['recovered'] for s in found], 3)} | "
+                     f"{pm(best('frozen'), 3)}, {pm(best('real'), 3)} | {text_soon} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def chunks():
+    return critic_rows({"trained": "chunk-4", "untrained": "chunk-4-untrained"}, what="critic of chunks of 4")
+
+
+def judges():
+    return critic_rows({"`random`, one inner step": "base", "`next`": "next", "`similar`": "similar", "2 inner steps": "steps-2",
+                        "4 inner steps": "steps-4", "facts, `random`": "facts-random", "facts, `next`": "facts-next",
+                        "facts, `similar`": "facts-similar"}, arms=("frozen",), what="what judges")
 
 
 def draw():
@@ -332,20 +397,37 @@ def draw():
     figure.savefig(FIGURES / "stage-1-study.png", dpi=120)
 
 
+def first_runs(study):
+    """The folders of a study's first point, all seeds."""
+    return [OUT / f"study-{study}" / next(iter(STUDIES[study][1])) / str(seed) for seed in STUDIES[study][2]]
+
+
+# Tables by the study that they need; each is written when all that it reads has been run.
+TABLES = {
+    "1": dict(levers=lever_table, ensembles=ensemble_table, law=law, order=breaking_order, judged=cross_examination,
+              watch=watch_score, rescues=rescues),
+    "1-long": dict(long=long_run),
+    "2": dict(carried=carried, gist_arms=gist_arms, forgets=forgets),
+    "3": dict(second_order=second_order, synonyms=synonyms, chunks=chunks, judges=judges),
+}
+
+
 def main():
-    if not load("base"):
-        refuse(f"{OUT}/study-1 holds no finished run of the point base; run python study.py 1 first")
-    parts = dict(levers=lever_table(), ensembles=ensemble_table(), law=law(), order=breaking_order(),
-                 judged=cross_examination(), watch=watch_score(), rescues=rescues(), long=long_run(), carried=carried(),
-                 gist_arms=gist_arms(), second_order=second_order())
-    text = README.read_text()
-    for name, content in parts.items():
+    text, ready = README.read_text(), [study for study in TABLES if all(finished(f) for f in first_runs(study))]
+    if not ready:
+        refuse(f"{OUT} holds no study whose first point is finished; run python study.py 1, 1-long, 2 or 3 first")
+    for name, table in ((n, t) for study in ready for n, t in TABLES[study].items()):
+        content = table()
         print(content, "\n")
-        text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + content + "\n" + m[2], text,
-                      flags=re.S)
+        if content:
+            text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + content + "\n" + m[2], text,
+                          flags=re.S)
     README.write_text(text)
-    draw()
-    print(f"written into {README.name} and {FIGURES.name}/")
+    if {"1", "1-long"} <= set(ready):
+        draw()
+    if "3" in ready:
+        draw_second_order()
+    print(f"written into {README.name} and {FIGURES.name}/: studies {', '.join(ready)}")
 
 
 if __name__ == "__main__":
