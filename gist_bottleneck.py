@@ -45,7 +45,7 @@ from configurator import chosen_arms, configure, read_meta_phase, refuse
 from model import GIST, GPT, TRUE, GPTConfig, adamw, bottleneck_mask, sample_tokens
 from plot import draw_runs
 from prepare_data import corpus_id, decode, get_batch, open_corpus, prepare, val_windows
-from watch import MEMORY, STREAMS, Gold, Watch, new_track, summarise, track_gold, write_report
+from watch import MEMORY, Gold, Watch, new_track, summarise, track_gold, write_report
 
 # --- experiment
 arms = "real,frozen,shuffled,static,random"  # any of self, frozen, ema, real, shuffled, sharpen, static, random
@@ -93,7 +93,7 @@ eval_windows = 64       # held-out sequences that gold is measured on
 save_interval = 200     # steps between two checkpoints
 device = "auto"         # "auto" | "cuda" | "mps" | "cpu": auto takes the first that is there
 dtype = "float32"       # "float32" | "bfloat16" | "float64": bfloat16 is autocast over float32 weights
-compile = False         # torch.compile of the meta phase; about a minute before the first step, then faster
+compile = False         # torch.compile of the learners; about a minute before the first step, then faster
 out_dir = "out/gist_bottleneck"  # the run's folder; an earlier run there is moved aside
 resume = ""             # the folder of a run to go on with
 start = ""              # the folder of a run whose finished meta phase to start from, instead of one's own
@@ -228,7 +228,7 @@ def gists(critic, lay, past, starts, spans):
     """
     B, N, M, s = spans.shape[:4]
     if critic.table is not None:
-        g = critic.table[spans].flatten(3)
+        g = (spans if spans.is_floating_point() else critic.table[spans]).flatten(3)
     else:
         ids = torch.arange(vocab, vocab + n_gist, device=spans.device).expand(B, N, M, n_gist)
         if spans.is_floating_point():
@@ -236,15 +236,18 @@ def gists(critic, lay, past, starts, spans):
         offset = torch.cat((torch.arange(s), torch.full((n_gist,), s - 1))).to(spans.device)
         g = critic.model(torch.cat((spans, ids), 3), starts[:, None] + offset, near_past(lay, starts),
                          read=slice(s, None), cache=dict(past), residual=n_layer - 1).flatten(3)
-    g = g.to(lay.blend.dtype)
-    return g if critic.whiten is None else g @ critic.whiten
+    with torch.autocast(g.device.type, enabled=False):  # distances need more digits than bfloat16 has
+        g = g.to(lay.blend.dtype)
+        return g if critic.whiten is None else g @ critic.whiten
 
 
 def squared_distances(g):
     """float [..., M, M] of the gists g [..., M, K], as |a|^2 + |b|^2 - 2 <a, b>."""
-    inner = g @ g.transpose(-2, -1)
+    with torch.autocast(g.device.type, enabled=False):
+        inner = g @ g.transpose(-2, -1)
     squares = inner.diagonal(dim1=-2, dim2=-1)
-    return (squares.unsqueeze(-1) + squares.unsqueeze(-2) - 2 * inner).clamp_min(0)
+    d2 = (squares.unsqueeze(-1) + squares.unsqueeze(-2) - 2 * inner).clamp_min(0)
+    return d2 * ~torch.eye(g.size(-2), dtype=torch.bool, device=g.device)  # a square root has no slope at 0
 
 
 def effective_rank(values):
@@ -342,11 +345,15 @@ def leave_out(values):
     return (values.sum(-1, keepdim=True) - values) / (values.size(-1) - 1)
 
 
+def with_none(top):
+    """Log probabilities [..., M] of own tokens and, last, that of none of them."""
+    return torch.cat((top, torch.log1p(-top.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))), -1)
+
+
 def likeliest(logits):
     """(own tokens [B, N, M, 1], log probabilities [B, N, M + 1], "none" last) of logits [B, N, V]."""
     top, which = logits.log_softmax(-1).topk(candidates)
-    rest = torch.log1p(-top.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
-    return which.unsqueeze(-1), torch.cat((top, rest), -1)
+    return which.unsqueeze(-1), with_none(top)
 
 
 def write_spans(learner, lay, past, logits, starts, u):
@@ -376,11 +383,8 @@ def soft_gists(critic, lay, past, starts, logits, u):
     weights = p.unsqueeze(2).expand(-1, -1, M, -1)
     if path == "straight_through":
         weights = weights + (F.one_hot(own, vocab) - weights).detach()
-    table = critic.table if critic.model is None else critic.model.embed.weight[:vocab]
-    mixed = (weights @ table).unsqueeze(3)
-    if critic.model is None:
-        return own.unsqueeze(-1), mixed.flatten(3) @ critic.whiten
-    return own.unsqueeze(-1), gists(critic, lay, past, starts, mixed)
+    table = critic.model.embed.weight[:vocab] if critic.model else critic.table
+    return own.unsqueeze(-1), gists(critic, lay, past, starts, (weights @ table).unsqueeze(3))
 
 
 def self_loss(arm, step, learner, critic, lay, w, foreign, u, tally=None):
@@ -414,7 +418,7 @@ def self_loss(arm, step, learner, critic, lay, w, foreign, u, tally=None):
         loss = (weight * logp).mean()
         loss = loss + (value.mean() - loss).detach()
     else:
-        loss = soft_loss(torch.cat((own_gists, g[:, :, -1:]), 2))
+        loss = sampled_loss(squared_distances(torch.cat((own_gists, g[:, :, -1:]), 2)))[0].mean()
     if tally is not None:
         note(tally, loss, logits, x, own, target, observed(x, starts), said)
     return loss
@@ -442,8 +446,7 @@ def second_order(learner, theta, critic, lay, w, outer_w, average):
     target = target_mass(d2)
 
     def own_logp(th, fused=True):
-        top = read(call(th), lay, x, fused=fused)[:, starts - 1].log_softmax(-1).gather(-1, own[..., 0])
-        return torch.cat((top, torch.log1p(-top.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))), -1)
+        return with_none(read(call(th), lay, x, fused=fused)[:, starts - 1].log_softmax(-1).gather(-1, own[..., 0]))
 
     def outer(th):
         return F.cross_entropy(read(call(th), lay, outer_w[:, :-1]).flatten(0, 1), outer_w[:, 1:].flatten())
@@ -463,14 +466,6 @@ def second_order(learner, theta, critic, lay, w, outer_w, average):
     with torch.no_grad():
         gain = outer(theta) - after
     return {n: t for n, t in zip(phi, dphi) if t is not None}, moved, gain
-
-
-def soft_loss(g):
-    """The distance over M own gists and the truth's, last in g [..., M + 1, K], through which the gradient goes."""
-    d = (squared_distances(g) + 1e-12).sqrt()
-    M = d.size(-1) - 1
-    loss = d[..., -1, :-1].mean()
-    return loss - 0.5 * d[..., :-1, :-1].sum((-1, -2)).mean() / (M * (M - 1)) if distance == "energy" else loss
 
 
 # ----------------------------------------------------------------------------------------------
@@ -512,9 +507,10 @@ def examine(run, critic, lay, probe):
     starts = starts_of(run.device)
     with run.autocast():
         both = torch.stack((observed(x, starts), observed(other, starts)), 2)
-        clean = gists(critic, lay, past_of(critic, lay, x), starts, both)
+        past = past_of(critic, lay, x)
+        clean = gists(critic, lay, past, starts, both)
         rough = gists(critic, lay, past_of(critic, lay, noisy), starts, both[:, :, :1])
-        raw = gists(critic._replace(whiten=None), lay, past_of(critic, lay, x), starts, both[:, :, :1]).flatten(0, 2)
+        raw = gists(critic._replace(whiten=None), lay, past, starts, both[:, :, :1]).flatten(0, 2)
     d2 = (clean - rough).square().sum(-1)
     differ = (both[:, :, 0] != both[:, :, 1]).any(-1)
     values = torch.linalg.eigvalsh(raw.T.cov())
@@ -571,18 +567,21 @@ def take_step(run, model, optimizer, loss, tally=None):
 
 
 @torch.no_grad()
-def follow(judge, learner):
-    """The moving average: critic <- ema_decay * critic + (1 - ema_decay) * learner."""
-    torch._foreach_lerp_(list(judge.parameters()), list(learner.parameters()), 1 - ema_decay)
+def follow(judge, learner, decay):
+    """The critic is the learner's moving average, critic <- decay * critic + (1 - decay) * learner; at 0 the learner.
+
+    It is a copy all the same: on the soft paths the signal's gradient would otherwise move the critic to please itself.
+    """
+    torch._foreach_lerp_(list(judge.parameters()), list(learner.parameters()), 1 - decay)
 
 
-def train_critic(run, corpus, at, learner, critic, optimizer, lay):
+def train_critic(run, corpus, snapshot, learner, critic, lay):
     """`order_steps` of second order: the critic's weights then, and the gain of the inner step, mean of the last tenth."""
-    theta, gains = None, []
+    theta, gains, optimizer = None, [], torch.optim.Adam(critic.model.parameters(), critic_rate)
     critic.model.requires_grad_(True)
     for step in range(order_steps):
         if step % RESTART == 0:
-            theta = {n: at["snapshot"]["learner"][n].clone() for n, _ in learner.named_parameters()}
+            theta = {n: snapshot["learner"][n] for n, _ in learner.named_parameters()}
         dphi, theta, gain = second_order(learner, theta, critic, lay, text(run, corpus, step, INNER),
                                          text(run, corpus, step, OUTER), run.average)
         run.average(list(dphi.values()))
@@ -660,7 +659,7 @@ def write_row(run, arm, step, steps, tally, learner, critic, lay, gold, probe, o
 @torch.no_grad()
 def judge_texts(run, lay, learner, critic, w, arm):
     """(own spans, the critic's heaviest target of each start or None, agreement) on text w, as the report shows them."""
-    tally, x, past, starts = {}, w[:, :-1], {}, starts_of(run.device)
+    x, past, starts = w[:, :-1], {}, starts_of(run.device)
     said = read(learner, lay, x, cache=past)[:, starts - 1]
     own = (likeliest(said)[0] if path == "exact"
            else write_spans(learner, lay, past, said, starts, chance(run, 0)[:, starts])[0])
@@ -670,7 +669,7 @@ def judge_texts(run, lay, learner, critic, w, arm):
     mass = target_mass(squared_distances(g))
     among = (own == truth.unsqueeze(2)).all(-1)
     share = run.mean((mass[..., :-1] * among).sum() / among.any(-1).sum().clamp_min(1))
-    apart = ((starts - 1) % span == 0).nonzero()[:, 0] if span < chunk else torch.arange(len(starts), device=run.device)
+    apart = (starts % chunk % span == 0).nonzero()[:, 0]  # spans side by side
     heaviest = mass.argmax(-1)[0, apart].tolist()
     named = [t for i, h in zip(apart.tolist(), heaviest)
              for t in (own[0, i, h].tolist() if h < own.size(2) else [None] * span)]
@@ -681,7 +680,8 @@ def judge_texts(run, lay, learner, critic, w, arm):
 def report(run, arm, step, why, watch, learner, critic, before, lay, corpus, row):
     """hacks/NNN.md: the critic of now and of the snapshot, on the own spans of now and of the snapshot, on new text.
 
-    before: the learner and the critic's GPT as the meta phase left them. Returns what the summary keeps: {"step", "why", "changed", "judged"}.
+    before: the learner and the critic's GPT before the arms. Returns what the summary keeps: {"step", "why", "changed",
+    "judged"}.
     """
     w = text(run, corpus, meta_steps + step)
     learners = dict(then=before[0], now=learner)
@@ -718,14 +718,15 @@ def write_neighbours(run, model, lay, corpus, queries=4, among=200_000):
     asked, texts = chunk_gists(model, lay, load(corpus.val, 40 * block_size))
     centre = g.mean(0)
     g, asked = F.normalize(g - centre, dim=-1), F.normalize(asked - centre, dim=-1)
-    bag = lambda c: F.normalize(torch.zeros(len(c), vocab, device=c.device).scatter_add_(
-        1, c, torch.ones_like(c, dtype=torch.float32)), dim=-1)
+    shared = lambda a, b: (a[:, :, None] == b[:, None]).sum((1, 2))  # inner product of the bags of a and of b, int [n]
     show = lambda c: repr(decode(corpus.encoding, c.tolist()))
     run.sample("==== nearest chunks of the training text\n")
-    for i in range(block_size // chunk - 1, len(asked), len(asked) // queries):
+    for i in range(block_size // chunk - 1, len(asked), max(1, len(asked) // queries)):
         lines = [f"chunk    {show(texts[i])}"]
-        for name, likeness in (("by gist", asked[i] @ g.T), ("by bag", bag(texts[i:i + 1])[0] @ bag(chunks).T)):
-            lines.append(f"{name:<8} " + "  ".join(show(chunks[k]) for k in likeness.topk(4).indices.tolist()))
+        by_bag = shared(chunks, texts[i:i + 1]) / shared(chunks, chunks).sqrt()
+        for name, likeness in (("by gist", asked[i] @ g.T), ("by bag", by_bag)):
+            nearest = likeness.topk(min(4, len(chunks))).indices.tolist()
+            lines.append(f"{name:<8} " + "  ".join(show(chunks[k]) for k in nearest))
         run.sample("\n".join(lines) + "\n\n")
 
 
@@ -768,7 +769,8 @@ def go_on(run, model, how, ids, steps):
 
 def write_continuations(run, models, corpus, steps=64):
     """samples.txt and the screen: the text of the file `prompt` continued from all of it, and from its gists alone."""
-    ids = torch.tensor(corpus.encoding.encode_ordinary(Path(prompt).read_text()), device=run.device)
+    tokens = corpus.encoding.encode_ordinary(Path(prompt).read_text())
+    ids = corpus.encoding.spellings * torch.tensor(tokens, device=run.device)  # of each its first spelling
     run.sample(f"==== {prompt} goes on\n")
     for how in ("full", "gist"):
         written, seconds, kept = go_on(run, models[how], how, ids, steps)
@@ -798,8 +800,12 @@ def check():
         refuse(f"span={span} must be from 1 to chunk={chunk}")
     if n_layer < 2:
         refuse(f"n_layer={n_layer} must be 2 or more: the gist is what enters the last block")
-    if not 1 <= every <= block_size // 2:
-        refuse(f"every={every} must be from 1 to {block_size // 2}")
+    if not 1 <= every <= len(starts_of("cpu")):
+        refuse(f"every={every} must be from 1 to {len(starts_of('cpu'))}, the prefixes that own spans may follow")
+    if span > 1 and "sharpen" in names:
+        refuse(f"arm 'sharpen' reads single likeliest tokens; leave it out with span={span}")
+    if not meta_steps or order == 2 and not order_steps:
+        refuse(f"meta_steps={meta_steps} and, with order=2, order_steps={order_steps} must be above 0")
     if span > 1 and path != "reinforce":
         refuse(f"path={path!r} knows single own tokens; with span={span} use --path=reinforce")
     if order not in (1, 2):
@@ -864,7 +870,7 @@ def main():
         for model in models.values():
             model.compile()
     windows = val_windows(corpus.val, eval_windows, block_size + 1)
-    gold = Gold(windows, corpus.token_bytes, run, max(1, batch_size // run.ranks))
+    gold = Gold(windows, corpus.token_bytes, run, batch_size // run.ranks)
     probe = stored_probe(run, corpus)
     size = sum(p.numel() * p.element_size() for p in learner.parameters())
     run.open(need_bytes=2 * (10 + 5 * len(masks) + len(names)) * size)
@@ -889,7 +895,7 @@ def main():
                     loss, nats = bottleneck_loss(models[how], lay, w, how)
                 take_step(run, models[how], optimizers[how], loss, tally if how == "gist" else None)
                 if how == "gist":
-                    tally["steps"], tally["loss"] = tally.get("steps", 0) + 1 + 0 * nats, tally.get("loss", 0) + nats
+                    tally["steps"], tally["loss"] = tally.get("steps", 0) + torch.ones_like(nats), tally.get("loss", 0) + nats
         nats = {how: later_chunks(run, models[how], lay, windows.to(run.device), how) for how in masks}
         at["meta"] = dict(at["track"], later={how: v.mean().item() for how, v in nats.items()})
         if {"full", "none"} <= set(masks):
@@ -912,18 +918,17 @@ def main():
         critics, found = make_critics(run, corpus, lay, *before)
         at["directions"] = critics["contextual"].whiten.size(1)
         run.say(f"the gists keep {at['directions']} directions, whitened; before that they fill {found:.1f}")
-        if at["critic"] is None:
-            at["critic"] = snapshot["learner"]
-            if order == 2:  # an interrupted run does these steps again
-                at["critic"], at["gain"] = train_critic(
-                    run, corpus, at, learner, critics["contextual"], torch.optim.Adam(before[1].parameters(), critic_rate), lay)
+        if at["critic"] is None and order == 2:  # an interrupted run does these steps again
+            at["critic"], at["gain"] = train_critic(run, corpus, snapshot, learner, critics["contextual"], lay)
+        at["critic"] = at["critic"] or snapshot["learner"]
+        critics["contextual"] = critics["contextual"]._replace(model=judge)
         before[1].load_state_dict(at["critic"])
     for arm in names:
         kind = arm if arm in critics else "contextual"
-        critic = critics[kind]._replace(model=None if kind != "contextual" else learner if arm == "self" else judge)
+        critic = critics[kind]
         if at["arm"] != arm:
             learner.load_state_dict(snapshot["learner"])
-            judge.load_state_dict(at["critic"])
+            judge.load_state_dict(snapshot["learner"] if arm == "self" else at["critic"])
             optimizer.load_state_dict(copy.deepcopy(snapshot["optimizer"]))
             if arm != "real":
                 if kind not in at["watches"]:
@@ -968,8 +973,8 @@ def main():
                     foreign = text(run, corpus, meta_steps + step, FOREIGN)[:, :-1] if arm == "shuffled" else None
                     loss = self_loss(arm, step, learner, critic, lay, w, foreign, chance(run, meta_steps + step), tally)
             take_step(run, learner, optimizer, loss, tally)
-            if arm == "ema":
-                follow(judge, learner)
+            if arm in ("self", "ema"):
+                follow(judge, learner, ema_decay if arm == "ema" else 0.0)
         at["arms"][arm], at["ends"][arm] = track, copy.deepcopy(learner.state_dict())
 
     at["arm"] = "done"
