@@ -31,7 +31,8 @@ from torch.func import functional_call, grad, grad_and_value, jvp
 from configurator import chosen_arms, configure, read_meta_phase, refuse
 from model import GIST, GPT, OWN, OWN_GIST, TRUE, GPTConfig, adamw, attention_mask, rollout, sample_tokens
 from plot import draw_runs
-from prepare_data import batch_starts, corpus_id, decode, get_batch, open_corpus, prepare, val_windows, windows
+from prepare_data import (batch_starts, corpus_id, decode, get_batch, open_corpus, planted_answers, prepare, val_windows,
+                          windows)
 from watch import MEMORY, STREAMS, Gold, Watch, new_track, summarise, track_gold, write_report
 
 # --- experiment
@@ -626,6 +627,30 @@ def judge_again(run, corpus, nets, streams):
         streams[step, 1] = run.mean((told == w[:, None, 1:]).float().mean())
 
 
+def questions(run, corpus, most=512):
+    """Of planted-facts: int [n, T + 1], training texts that end at the answer to a question, or None of other corpora.
+
+    The fact stands thousands of tokens before, so that the answer must have been learned, and not read.
+    """
+    if dataset != "planted-facts":
+        return None
+    tokens = train_tokens_of(corpus)
+    ends = planted_answers(tokens, corpus)[:, 0]
+    ends = ends[ends >= block_size]
+    starts = ends[::max(1, len(ends) // most)][:most] - block_size
+    return windows(tokens, starts, block_size + 1).to(run.device)
+
+
+@torch.no_grad()
+def answered(learner, asked):
+    """{"answers": share that the learner names right, "answers_nats": cross entropy of the answers}; see `questions`."""
+    if asked is None:
+        return {}
+    logits = learner(asked[:, :-1])[:, -1]
+    return dict(answers=(logits.argmax(-1) == asked[:, -1]).float().mean().item(),
+                answers_nats=F.cross_entropy(logits, asked[:, -1]).item())
+
+
 def write_row(run, corpus, arm, step, steps, tally, nets, gold, probe, optimizer, real_targets, extra):
     """Logs and shows where the arm stands. Empties the tally; returns the row and the streams of the steps since."""
     run.average(list(tally.values()))
@@ -633,7 +658,7 @@ def write_row(run, corpus, arm, step, steps, tally, nets, gold, probe, optimizer
     mean = {k: (v / n).item() for k, v in tally.items() if v.dim() == 0}
     share = tally["targets"] / tally["targets"].sum() if n else None
     nats, bpb = gold(nets[0])
-    said, w = probe
+    said, w, _ = probe
     phi = weights(nets[1], read_by(nets[1]))
     told = praised(nets, phi, None, w, w[:, 1:], said)
     total = step + (meta_steps if arm != "meta" else 0)
@@ -644,7 +669,8 @@ def write_row(run, corpus, arm, step, steps, tally, nets, gold, probe, optimizer
                target_top=share.max().item() if n else None,
                target_entropy=torch.special.entr(share).sum().item() if n else None, kappa=phi["log_kappa"].exp().item(),
                eta=phi["log_eta"].exp().item() if "log_eta" in phi else None,
-               real_targets=real_targets, tok_per_s=run.speed(n * batch_size * block_size), **extra)
+               real_targets=real_targets, tok_per_s=run.speed(n * batch_size * block_size),
+               **answered(nets[0], probe[2]), **extra)
     row.update({k: mean[k] for k in ("picks_near",) if k in mean})
     run.log(row)
     run.show(row, steps)
@@ -787,7 +813,7 @@ def main():
             start, run.stage, run.device, run.settings, SELF_PHASE, at["corpus"])
         at["arm"], at["found"] = "start", at["snapshot"]["found"]
     gold = Gold(val_windows(corpus.val, eval_windows, block_size + 1), corpus.token_bytes, run, batch_size // run.ranks)
-    probe = stored_probe(run, corpus)
+    probe = *stored_probe(run, corpus), questions(run, corpus)
     size = sum(p.numel() * p.element_size() for p in [*learner.parameters(), *critic.parameters()])
     run.open(need_bytes=size * (8 + 2 * pool))
 

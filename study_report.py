@@ -305,22 +305,22 @@ def forgets():
 
 
 def critic_rows(points, arms=None, what="critic"):
-    """Gain of one inner step and cosines at the end of the meta phase, and what the open run recovers.
-
-    points: {text: point of study 3}.
-    """
-    lines = [f"| {what} | seeds | gain | shuffled | real | cos with real | cos_bb | real's | arm | steps to hack | recovered |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]
+    """Gain of one inner step, in thousandths of a nat, and cosines at the end of the meta phase, and what the open run
+    recovers. points: {text: point of study 3}; arms: those of interest, None for all."""
+    lines = [f"| {what} | seeds | gain, shuffled, real | cos with real | cos_bb, real's | arm | steps to hack | recovered |",
+             "|---|---|---|---|---|---|---|---|"]
     for text, name in points.items():
         runs = [s for s, _ in load(name, "3").values()]
-        found = [pm([1e3 * s[k] for s in runs]) for k in ("gain", "gain_shuffled", "gain_real")] if runs else []
-        found += [pm([s[k] for s in runs]) for k in ("cosine_real", "cos_bb", "cos_bb_real")] if runs else []
-        head = f"| {text} | {len(runs)} | " + " | ".join(found)
-        for arm in [a for a in runs[0]["arms"] if a != "real" and a in (arms or runs[0]["arms"])] if runs else ():
+        if not runs:
+            continue
+        told = lambda *names, by=1, digits=2: ", ".join(pm([by * s[k] for s in runs], digits) for k in names)
+        head = (f"| {text} | {len(runs)} | {told('gain', 'gain_shuffled', 'gain_real', by=1e3, digits=1)} | "
+                f"{told('cosine_real')} | {told('cos_bb', 'cos_bb_real')}")
+        for arm in (a for a in runs[0]["arms"] if a != "real" and a in (arms or runs[0]["arms"])):
             lines.append(f"{head} | `{arm}` | {hack_text(runs, arm)} | "
                          f"{pm([s['arms'][arm]['recovered'] for s in runs])} |")
-            head = "| " * 8 + "| "[:1]
-    return "\n".join(lines)
+            head = "|" + "| " * 4
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def second_order():
@@ -328,42 +328,72 @@ def second_order():
                         "κ = 7 by hand, random E": "by-hand"})
 
 
-SYNONYMS = {"learned": "synonyms", "κ = 7 by hand, random E": "synonyms-by-hand", "κ = 1, left as it starts":
-            "synonyms-untrained", "learned, 10,000 tokens": "synonyms-10000", "plays, learned": "spellings",
-            "plays, κ = 7 by hand": "spellings-by-hand"}
+SYNONYMS = {  # text: point of study 3
+    "learned by second order": "synonyms", "κ = 7 by hand, random E": "synonyms-by-hand",
+    "10,000 tokens of text, learned": "synonyms-10000", "10,000 tokens, by hand": "synonyms-10000-by-hand",
+    "the plays in spellings, learned": "spellings", "the plays in spellings, by hand": "spellings-by-hand"}
 
 
 def synonyms():
     """Where many tokens mean one thing: what second order finds, and who learns faster, with the control by hand."""
-    lines = ["| critic | seeds | precision | gain / real's | cos_bb | real's | recovered at the end | gold at best: signal, real |"
-             " steps to real's best |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| critic | seeds | precision | gain / real's | cos_bb, real's | recovered at the end | best gold of the signal, of"
+             " real | steps to real's best gold, of the signal and of real |", "|---|---|---|---|---|---|---|---|"]
     for text, name in SYNONYMS.items():
         runs = list(load(name, "3").values())
         if not runs:
             continue
         found = [s for s, _ in runs]
         best = lambda arm: [s["arms"][arm]["gold_best"] for s in found]
-        soon = [next((r["step"] for r in rows if r["arm"] == "frozen" and r["gold_nats"] <= goal), None)
-                for (_, rows), goal in zip(runs, best("real"))]
-        when = [next(r["step"] for r in rows if r["arm"] == "real" and r["gold_nats"] <= goal + 1e-9)
-                for (_, rows), goal in zip(runs, best("real"))]
-        text_soon = ", ".join(f"{a or 'never'} ({b})" for a, b in zip(soon, when))
+        first = lambda rows, arm, goal: next((r["step"] for r in rows if r["arm"] == arm and r["gold_nats"] <= goal + 1e-5),
+                                             None)
+        goals = list(zip((rows for _, rows in runs), best("real")))
+        soon = "; ".join(f"{first(rows, 'frozen', goal) or 'never'}, {first(rows, 'real', goal)}" for rows, goal in goals)
         lines.append(f"| {text} | {len(runs)} | {pm([s['precision'] for s in found], 3)} | "
-                     f"{pm([s['gain'] / s['gain_real'] for s in found])} | {pm([s['cos_bb'] for s in found])} | "
+                     f"{pm([s['gain'] / s['gain_real'] for s in found])} | {pm([s['cos_bb'] for s in found])}, "
                      f"{pm([s['cos_bb_real'] for s in found])} | "
                      f"{pm([s['arms']['frozen']['recovered'] for s in found], 3)} | "
-                     f"{pm(best('frozen'), 3)}, {pm(best('real'), 3)} | {text_soon} |")
+                     f"{pm(best('frozen'), 3)}, {pm(best('real'), 3)} | {soon} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def chunks():
-    return critic_rows({"trained": "chunk-4", "untrained": "chunk-4-untrained"}, what="critic of chunks of 4")
+    return critic_rows({"κ = 1, then second order": "chunk-4", "κ = 7 by hand": "chunk-4-by-hand",
+                        "κ = 7, then second order": "chunk-4-sharp"}, what="critic of chunks of 4")
 
 
 def judges():
-    return critic_rows({"`random`, one inner step": "base", "`next`": "next", "`similar`": "similar", "2 inner steps": "steps-2",
-                        "4 inner steps": "steps-4", "facts, `random`": "facts-random", "facts, `next`": "facts-next",
+    return critic_rows({"`random` text, one inner step": "base", "`next`": "next", "`similar`": "similar",
+                        "`random`, 2 inner steps": "steps-2", "`random`, 4 inner steps": "steps-4",
+                        "facts, `random`": "facts-random", "facts, `next`": "facts-next",
                         "facts, `similar`": "facts-similar"}, arms=("frozen",), what="what judges")
+
+
+def draw_second_order():
+    """figures/stage-3-study.png: gain, shuffled and real over the meta phase, the open run, and the planted synonyms."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4))
+    show = lambda axis, steps, values, **style: (
+        axis.plot(steps, interval(values)[0], **style), axis.fill_between(
+            steps, *(interval(values)[0] + d * interval(values)[1] for d in (-1, 1)), color=style["color"], alpha=0.2, lw=0))
+    base = [rows for _, rows in load("base", "3").values()]
+    met = [[r for r in rows if "gain" in r] for rows in base]
+    for name, colour in (("gain", "tab:green"), ("gain_real", "k"), ("gain_shuffled", "tab:purple")):
+        show(left, [r["step"] for r in met[0]], [[1e3 * r[name] for r in rows] for rows in met], color=colour, label=name)
+    left.set(xlabel="steps of the meta phase", title="gain of one inner step, 0.001 nats", yscale="symlog")
+    for axis, point in ((middle, "base"), (right, "synonyms")):
+        runs = load(point, "3").values()
+        for arm in ("real", "frozen", "shuffled"):
+            rows = [[r for r in rows if r["arm"] == arm] for _, rows in runs]
+            if rows and rows[0]:
+                show(axis, [r["step"] for r in rows[0]], [[r["gold_nats"] for r in one] for one in rows],
+                     color=COLOUR[arm], label=arm)
+        start = np.mean([s["gold_meta_end"] for s, _ in runs]) if runs else 0
+        axis.set(xlabel="self steps", ylim=(start - 1.35 if point == "synonyms" else start - 0.45, start + 0.1),
+                 title={"base": "gold of the open run", "synonyms": "gold on planted synonyms"}[point])
+    for axis in (left, middle, right):
+        axis.grid(alpha=0.2)
+        axis.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(FIGURES / "stage-3-study.png", dpi=120)
 
 
 def draw():

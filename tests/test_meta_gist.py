@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 
 import meta_gist
+import prepare_data
 from model import GIST, GPT, OWN, OWN_GIST, TRUE, GPTConfig, attention_mask
 
 ROOT = Path(__file__).parent.parent
@@ -257,6 +259,22 @@ def test_similar_finds_planted_twins_and_never_overlaps_the_text_that_asks(setti
     starts = torch.arange(0, 19_960, 7)
     found = meta_gist.nearest(index, starts, 3, len(tokens), 333)
     assert ((found - starts[:, None]).abs() > 32).all() and found.min() >= 0 and found.max() + 33 <= 20_000
+
+
+def test_questions_end_at_the_answer_of_a_fact_that_stands_far_before(tmp_path, monkeypatch):
+    prepare_data.prepare("planted-facts", 512, tmp_path)
+    corpus = prepare_data.open_corpus("planted-facts", 512, tmp_path)
+    for name, value in dict(dataset="planted-facts", vocab=512, block_size=16, train_tokens=60_000).items():
+        monkeypatch.setattr(meta_gist, name, value)
+    asked = meta_gist.questions(type("Run", (), dict(device="cpu")), corpus)
+    assert asked.shape == (512, 17)
+    for row in asked[::50].tolist():
+        *_, where, _, name, _, _, thing, _, place = prepare_data.decode(corpus, row).split()
+        assert where == "where" and f"{name} keeps the {thing} in {place} ." in prepare_data.decode(corpus, corpus.train[:60_000])
+    told = lambda x: F.one_hot(asked[:, 1:], 512).float()  # a learner that knows the answers, and one that is sure of id 0
+    assert meta_gist.answered(told, asked)["answers"] == 1
+    nobody = meta_gist.answered(lambda x: torch.zeros(*x.shape, 512), asked)
+    assert nobody["answers"] < 0.1 and abs(nobody["answers_nats"] - math.log(512)) < 1e-5
 
 
 # ---- the script
