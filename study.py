@@ -25,7 +25,7 @@ BASE = "--start={out}/study-1/base/{seed}"  # levers of the self phase share one
 LEVER = "--self_steps=400 --arms=self"
 LONG = "--batch_size=2 --meta_steps=1000"
 LONG_BASE = "--start={out}/study-1-long/frozen/{seed}"
-LAW = "--self_steps=240 --arms=self --eval_interval=2"
+LAW = "--self_steps=140 --arms=self --eval_interval=2"
 
 GISTS = "--start={out}/study-2/base/{seed} --arms=frozen,random"
 SMALL = ("--n_layer=1 --n_head=2 --block_size=16 --batch_size=64 --outer_batch=256 --learning_rate=3e-3 --warmup=10 "
@@ -103,7 +103,7 @@ STUDIES = {
         "base": "",
         "synonyms": f"{SYNONYMS} --meta_steps=430 --arms=real,frozen,self,ema,shuffled",
         "synonyms-by-hand": f"{SYNONYMS} --meta_steps=30 --kappa=7 --arms=real,frozen",
-        "chunk-4": f"{CHUNKS} --arms=real,first,frozen,self,ema,shuffled",
+        "chunk-4": f"{CHUNKS} --arms=real,first,frozen",
         "chunk-4-by-hand": f"{CHUNKS} --meta_steps=400 --kappa=7 --arms=real,frozen",
         "synonyms-10000": f"{SYNONYMS} --meta_steps=430 --arms=real,frozen --train_tokens=10000",
         "synonyms-10000-by-hand": f"{SYNONYMS} --meta_steps=30 --kappa=7 --arms=real,frozen --train_tokens=10000",

@@ -307,19 +307,20 @@ def forgets():
 def critic_rows(points, arms=None, what="critic"):
     """Gain of one inner step, in thousandths of a nat, and cosines at the end of the meta phase, and what the open run
     recovers. points: {text: point of study 3}; arms: those of interest, None for all."""
-    lines = [f"| {what} | seeds | gain, shuffled, real | cos with real | cos_bb, real's | arm | steps to hack | recovered |",
+    lines = [f"| {what} | gain, shuffled, real | cos with real | cos_bb, real's | arm | seeds | steps to hack | recovered |",
              "|---|---|---|---|---|---|---|---|"]
     for text, name in points.items():
         runs = [s for s, _ in load(name, "3").values()]
         if not runs:
             continue
         told = lambda *names, by=1, digits=2: ", ".join(pm([by * s[k] for s in runs], digits) for k in names)
-        head = (f"| {text} | {len(runs)} | {told('gain', 'gain_shuffled', 'gain_real', by=1e3, digits=1)} | "
-                f"{told('cosine_real')} | {told('cos_bb', 'cos_bb_real')}")
+        head = (f"| {text} | {told('gain', 'gain_shuffled', 'gain_real', by=1e3, digits=1)} | {told('cosine_real')} | "
+                f"{told('cos_bb', 'cos_bb_real')}")
         for arm in (a for a in runs[0]["arms"] if a != "real" and a in (arms or runs[0]["arms"])):
-            lines.append(f"{head} | `{arm}` | {hack_text(runs, arm)} | "
-                         f"{pm([s['arms'][arm]['recovered'] for s in runs])} |")
-            head = "|" + "| " * 4
+            with_arm = [s for s in runs if arm in s["arms"]]
+            lines.append(f"{head} | `{arm}` | {len(with_arm)} | {hack_text(with_arm, arm)} | "
+                         f"{pm([s['arms'][arm]['recovered'] for s in with_arm])} |")
+            head = "|" + " |" * 3
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
