@@ -757,6 +757,8 @@ def check(ranks):
         refuse(f"kappa={kappa} and length={length} must be above 0")
     if pool < 1 or pool_self > 1:
         refuse(f"pool={pool} must be above 0 and pool_self={pool_self} at most 1: it is a share")
+    if mixed == "difference" and dtype == "bfloat16":
+        refuse("mixed='difference' takes two nearly equal gradients apart, which bfloat16 cannot; use --mixed=forward")
     if mixed == "graph" and ranks > 1:
         refuse(f"mixed='graph' cannot average inside its graph: it takes one rank, not {ranks}")
     if outer_batch < batch_size or outer_batch % batch_size:

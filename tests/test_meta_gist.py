@@ -404,6 +404,8 @@ def test_the_critic_of_self_is_the_learner_plus_what_it_differed_by_and_that_of_
     (["--inner_steps=9"], "inner_steps=9 must be from 1 to 8"),
     (["--outer_batch=7"], "outer_batch=7 must be a multiple of batch_size="),
     (["--mixed=exact"], "mixed='exact' is not one of"),
+    (["--mixed=difference", "--dtype=bfloat16"], "use --mixed=forward"),
+    (["--arms=real,first"], "arm 'first' needs a chunk of 2 or more"),
     (["--kappa=0"], "kappa=0.0"),
     (["--val_chunks=similar", "--block_size=24"], "block_size=24 must be a multiple of 16"),
     (["--train_tokens=20"], "asks for texts of"),
