@@ -45,7 +45,7 @@ from configurator import chosen_arms, configure, read_meta_phase, refuse
 from model import GIST, GPT, TRUE, GPTConfig, adamw, bottleneck_mask, sample_tokens
 from plot import draw_runs
 from prepare_data import corpus_id, decode, get_batch, open_corpus, prepare, val_windows
-from watch import MEMORY, Gold, Watch, new_track, summarise, track_gold, write_report
+from watch import MEMORY, Gold, Watch, new_track, note, summarise, track_gold, write_report, write_row
 
 # --- experiment
 arms = "real,frozen,shuffled,static,random"  # any of self, frozen, ema, real, shuffled, sharpen, static, random
@@ -420,7 +420,7 @@ def self_loss(arm, step, learner, critic, lay, w, foreign, u, tally=None):
     else:
         loss = sampled_loss(squared_distances(torch.cat((own_gists, g[:, :, -1:]), 2)))[0].mean()
     if tally is not None:
-        note(tally, loss, logits, x, own, target, observed(x, starts), said)
+        note_step(tally, loss, logits, x, own, target, observed(x, starts), said)
     return loss
 
 
@@ -522,28 +522,20 @@ def examine(run, critic, lay, probe):
 # steps
 
 @torch.no_grad()
-def note(tally, loss, logits, x, own=None, target=None, truth=None, said=None):
-    """Adds a step to what the next line of the log will average, without waiting for the device.
+def note_step(tally, loss, logits, x, own=None, target=None, truth=None, said=None):
+    """Adds a step to the tally: see `note`.
 
     agreement: how much of the critic's target falls on the observation, where that is among the own spans; echo: how
-    much on the likeliest own one; outside: how much on none of them.
+    much on the likeliest own one; outside: how much on none of them. Without own, where targets are real, agreement is 1.
     """
-    logp = logits.log_softmax(-1)
-    surprise = -logp[:, :-1].gather(-1, x[:, 1:, None]).mean()
-    entropy = -(logp.exp() * logp).sum(-1).mean()
-    means = dict(steps=torch.ones_like(surprise), loss=loss.detach(), surprise=surprise, output_entropy=entropy)
-    agreement = torch.ones_like(surprise)
+    agreement, means = torch.ones_like(loss), {}
     if own is not None:
         among = (own == truth.unsqueeze(2)).all(-1)
-        agreement = (target[..., :-1] * among).sum() / among.any(-1).sum().clamp_min(1)
         first = (own == said.argmax(-1)[..., None, None]).all(-1) if span == 1 else torch.zeros_like(among)
-        means.update(echo=(target[..., :-1] * first).sum(-1).mean(), outside=target[..., -1].mean(),
+        agreement = (target[..., :-1] * among).sum() / among.any(-1).sum().clamp_min(1)
+        means = dict(echo=(target[..., :-1] * first).sum(-1).mean(), outside=target[..., -1].mean(),
                      target_entropy=torch.special.entr(target).sum(-1).mean())
-    means["agreement"] = agreement
-    for name, value in means.items():
-        tally[name] = tally.get(name, 0) + value
-    stream = torch.stack((surprise, agreement, entropy)).float()[None]
-    tally["stream"] = torch.cat((tally["stream"], stream)) if "stream" in tally else stream
+    note(tally, loss, logits.log_softmax(-1), x[:, 1:], agreement, **means)
 
 
 def set_rate(optimizer, step):
@@ -636,26 +628,6 @@ def calibrate(run, corpus, lay, learner, critic, watch, probe):
 # ----------------------------------------------------------------------------------------------
 # the report
 
-def write_row(run, arm, step, steps, tally, learner, critic, lay, gold, probe, optimizer, real_targets, **more):
-    """Logs and shows where the arm stands. Empties the tally; returns the row and the streams of the steps since."""
-    run.average(list(tally.values()))
-    n = tally["steps"].item() if tally else 0
-    mean = {k: (v / n).item() for k, v in tally.items() if v.dim() == 0}
-    nats, bpb = gold(lambda x: read(learner, lay, x))
-    total = step + (meta_steps if arm != "meta" else 0)
-    row = dict(stage=run.stage, arm=arm, step=step, tokens=total * batch_size * block_size, proxy=mean.get("loss"),
-               gold_nats=nats, gold_bpb=bpb, lr=optimizer.param_groups[0]["lr"],
-               **{k: mean.get(k) for k in ("grad_norm", "surprise", "agreement", "echo", "outside", "target_entropy",
-                                           "output_entropy")},
-               **(examine(run, critic, lay, probe) if critic else {}), **more,
-               real_targets=real_targets, tok_per_s=run.speed(n * batch_size * block_size))
-    run.log(row)
-    run.show(row, steps)
-    stream = tally.get("stream")
-    tally.clear()
-    return row, stream
-
-
 @torch.no_grad()
 def judge_texts(run, lay, learner, critic, w, arm):
     """(own spans, the critic's heaviest target of each start or None, agreement) on text w, as the report shows them."""
@@ -680,25 +652,20 @@ def judge_texts(run, lay, learner, critic, w, arm):
 def report(run, arm, step, why, watch, learner, critic, before, lay, corpus, row):
     """hacks/NNN.md: the critic of now and of the snapshot, on the own spans of now and of the snapshot, on new text.
 
-    before: the learner and the critic's GPT before the arms. Returns what the summary keeps: {"step", "why", "changed",
-    "judged"}.
+    before: the learner and the critic's GPT before the arms. Returns what `write_report` does.
     """
     w = text(run, corpus, meta_steps + step)
     learners = dict(then=before[0], now=learner)
     judges = dict(then=critic._replace(model=before[1] if critic.model else None), now=critic)
     seen = {(c, o): judge_texts(run, lay, learners[o], judges[c], w, arm) for c in judges for o in learners}
     judged = {key: value[3] for key, value in seen.items()}
-    if run.first:
-        texts = {when: (seen[k, k][0], seen[k, k][2], seen[k, k][1])
-                 for when, k in (("before: the snapshot", "then"), ("after: now", "now"))}
-        shares = {name: row[k] for name, k in (
-            ("target mass on the observation", "agreement"), ("target mass on the own likeliest token", "echo"),
-            ("target mass on none of the own spans", "outside"), ("entropy of the targets (nats)", "target_entropy"),
-            ("entropy of the output (nats)", "output_entropy"), ("standard deviation of the gists", "gist_std"),
-            ("effective rank of the gists", "gist_rank"), ("gold (nats)", "gold_nats")) if row.get(k) is not None}
-        write_report(run, arm, step, why, watch.order(), judged, texts, shares, corpus.encoding)
-    return dict(step=step, why=why if why == "gold" else "+".join(why), changed=[list(c) for c in watch.order()],
-                judged={f"{c} on {o}": round(value, 4) for (c, o), value in judged.items()})
+    texts = {k: (seen[k, k][0], seen[k, k][2], seen[k, k][1]) for k in judges}
+    shares = {name: row[k] for name, k in (
+        ("target mass on the observation", "agreement"), ("target mass on the own likeliest token", "echo"),
+        ("target mass on none of the own spans", "outside"), ("entropy of the targets (nats)", "target_entropy"),
+        ("entropy of the output (nats)", "output_entropy"), ("standard deviation of the gists", "gist_std"),
+        ("effective rank of the gists", "gist_rank"), ("gold (nats)", "gold_nats")) if row.get(k) is not None}
+    return write_report(run, arm, step, why, watch.order(), judged, texts, shares, corpus.encoding)
 
 
 @torch.no_grad()
@@ -871,6 +838,7 @@ def main():
             model.compile()
     windows = val_windows(corpus.val, eval_windows, block_size + 1)
     gold = Gold(windows, corpus.token_bytes, run, batch_size // run.ranks)
+    bottleneck = lambda x: read(learner, lay, x)
     probe = stored_probe(run, corpus)
     size = sum(p.numel() * p.element_size() for p in learner.parameters())
     run.open(need_bytes=2 * (10 + 5 * len(masks) + len(names)) * size)
@@ -884,8 +852,8 @@ def main():
                 set_rate(opt, step)
             if step % eval_interval == 0 or step == meta_steps:
                 others = {f"gold_{how}": gold(lambda x: read(models[how], lay, x, how))[0] for how in masks[1:]}
-                row, _ = write_row(run, "meta", step, meta_steps, tally, learner, Critic(learner, None, None), lay, gold,
-                                   probe, optimizer, 0, **others)
+                row, _ = write_row(run, "meta", step, meta_steps, tally, gold, bottleneck, optimizer, outside=None,
+                                   real_targets=0, **examine(run, Critic(learner, None, None), lay, probe), **others)
                 track_gold(at["track"], row, hack_margin)
             if step == meta_steps:
                 break
@@ -895,7 +863,8 @@ def main():
                     loss, nats = bottleneck_loss(models[how], lay, w, how)
                 take_step(run, models[how], optimizers[how], loss, tally if how == "gist" else None)
                 if how == "gist":
-                    tally["steps"], tally["loss"] = tally.get("steps", 0) + torch.ones_like(nats), tally.get("loss", 0) + nats
+                    tally["steps"] = tally.get("steps", 0) + torch.ones_like(nats)
+                    tally["loss"] = tally.get("loss", 0) + nats
         nats = {how: later_chunks(run, models[how], lay, windows.to(run.device), how) for how in masks}
         at["meta"] = dict(at["track"], later={how: v.mean().item() for how, v in nats.items()})
         if {"full", "none"} <= set(masks):
@@ -943,8 +912,9 @@ def main():
         for step in range(at["step"], self_steps + 1):
             run.checkpoint(step, at, tally, **parts)
             if step % eval_interval == 0 or step == self_steps:
-                row, stream = write_row(run, arm, step, self_steps, tally, learner, None if arm == "real" else critic,
-                                        lay, gold, probe, optimizer, at["real_targets"])
+                stands = {} if arm == "real" else examine(run, critic, lay, probe)
+                row, stream = write_row(run, arm, step, self_steps, tally, gold, bottleneck, optimizer, outside=None,
+                                        real_targets=at["real_targets"], **stands)
                 if track_gold(track, row, hack_margin):
                     run.say(f"{arm}: hacked at step {track['steps_to_hack']}, gold {row['gold_nats']:.3f} after a best "
                             f"of {track['gold_best']:.3f}")
@@ -967,7 +937,7 @@ def main():
                 if arm == "real":
                     logits = read(learner, lay, w[:, :-1])
                     loss = F.cross_entropy(logits.flatten(0, 1), w[:, 1:].flatten())
-                    note(tally, loss, logits, w[:, :-1])
+                    note_step(tally, loss, logits, w[:, :-1])
                     at["real_targets"] += batch_size * block_size
                 else:
                     foreign = text(run, corpus, meta_steps + step, FOREIGN)[:, :-1] if arm == "shuffled" else None

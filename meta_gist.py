@@ -33,7 +33,7 @@ from model import GIST, GPT, OWN, OWN_GIST, TRUE, GPTConfig, adamw, attention_ma
 from plot import draw_runs
 from prepare_data import (batch_starts, corpus_id, decode, get_batch, open_corpus, planted_answers, prepare, val_windows,
                           windows)
-from watch import MEMORY, STREAMS, Gold, Watch, new_track, summarise, track_gold, write_report
+from watch import MEMORY, STREAMS, Gold, Watch, new_track, note, summarise, track_gold, write_report, write_row
 
 # --- experiment
 arms = "real,frozen,self,ema,shuffled,sharpen"  # any of self, frozen, ema, real, first, shuffled, sharpen
@@ -425,7 +425,7 @@ def pretrain_step(run, corpus, nets, optimizer, step, tally):
     """The learner learns from real text, as in the arm real."""
     learner, w = nets[0], train_text(run, corpus, step)
     g, loss = real_gradient(run, learner, weights(learner), w)
-    note(tally, loss, learner(w[:, :-1]).detach(), w[:, 1:], F.one_hot(w[:, 1:], vocab))
+    note_step(tally, loss, learner(w[:, :-1]).detach(), w[:, 1:], F.one_hot(w[:, 1:], vocab))
     take_step(run, learner, optimizer, g, tally)
 
 
@@ -451,7 +451,7 @@ def train_critic(run, corpus, nets, optimizers, at, library, tally):
     batches, chances, outer = meta_batch(run, corpus, at["critic_step"], library["index"], tally)
     dphi, judged, _, (said, a, g, loss) = meta_step(nets, theta, phi, batches, chances, outer, run.average)
     w = batches[0][0]
-    note(tally, loss, speak_true(learner, theta, w, said), w[:, 1:], a)
+    note_step(tally, loss, speak_true(learner, theta, w, said), w[:, 1:], a)
     take_step(run, critic, optimizers[1], dphi, tally)
     take_step(run, mover, moves, real_gradient(run, learner, theta, w)[0] if turn >= round(pool * pool_self) else g)
     judged = run.mean(judged)
@@ -501,7 +501,7 @@ def arm_step(run, corpus, arm, nets, optimizer, step, tally):
     with run.autocast():
         seen = observed(run, corpus, arm, nets, theta, w, at, u)
         said, a, g, loss = signal_or_real(run, arm, nets, theta, (w, seen), u)
-        note(tally, loss, speak_true(learner, theta, w, said), w[:, 1:], a)
+        note_step(tally, loss, speak_true(learner, theta, w, said), w[:, 1:], a)
     take_step(run, learner, optimizer, g, tally)
 
 
@@ -540,24 +540,14 @@ def start_arm(snapshot, nets, optimizer, watch):
 # the report
 
 @torch.no_grad()
-def note(tally, loss, logits, obs, a):
-    """Adds a step to what the next line of the log will average, without waiting for the device.
+def note_step(tally, loss, logits, obs, a):
+    """Adds a step to the tally: see `note`.
 
     logits [B, T, V]: the learner's after true prefixes. a: what the critic said, [B, T, V] or [B, R, T, V].
     """
-    logp = logits.log_softmax(-1)
-    told = a.argmax(-1).view(obs.size(0), -1, obs.size(1))
-    surprise = -logp.gather(-1, obs.unsqueeze(-1)).mean()
-    agreement = (told == obs[:, None]).float().mean()
-    entropy = -(logp.exp() * logp).sum(-1).mean()
-    counts = torch.zeros(vocab, device=obs.device)  # not bincount, which waits for the device
-    counts.index_add_(0, told.flatten(), torch.ones_like(told.flatten(), dtype=torch.float32))
-    means = dict(steps=torch.ones_like(loss), loss=loss.detach(), surprise=surprise, agreement=agreement,
-                 echo=(told == logp.argmax(-1)[:, None]).float().mean(), output_entropy=entropy, targets=counts)
-    for name, value in means.items():
-        tally[name] = tally.get(name, 0) + value
-    stream = torch.stack((surprise, agreement, entropy)).float()[None]
-    tally["stream"] = torch.cat((tally["stream"], stream)) if "stream" in tally else stream
+    logp, told = logits.log_softmax(-1), a.argmax(-1).view(obs.size(0), -1, obs.size(1))
+    agreement, echo = (told == obs[:, None]).float().mean(), (told == logp.argmax(-1)[:, None]).float().mean()
+    note(tally, loss, logp, obs, agreement, told, echo=echo)
 
 
 def measure(run, corpus, nets, theta, phi, at):
@@ -651,32 +641,13 @@ def answered(learner, asked):
                 answers_nats=F.cross_entropy(logits, asked[:, -1]).item())
 
 
-def write_row(run, corpus, arm, step, steps, tally, nets, gold, probe, optimizer, real_targets, extra):
-    """Logs and shows where the arm stands. Empties the tally; returns the row and the streams of the steps since."""
-    run.average(list(tally.values()))
-    n = tally["steps"].item() if tally else 0
-    mean = {k: (v / n).item() for k, v in tally.items() if v.dim() == 0}
-    share = tally["targets"] / tally["targets"].sum() if n else None
-    nats, bpb = gold(nets[0])
-    said, w, _ = probe
+def examine(nets, probe):
+    """How the critic stands, {agreement_probe, kappa, eta}, and what the learner `answered`."""
+    said, w, asked = probe
     phi = weights(nets[1], read_by(nets[1]))
     told = praised(nets, phi, None, w, w[:, 1:], said)
-    total = step + (meta_steps if arm != "meta" else 0)
-    row = dict(stage="meta_gist", arm=arm, step=step, tokens=total * batch_size * block_size,
-               proxy=mean.pop("loss", None), gold_nats=nats, gold_bpb=bpb, lr=optimizer.param_groups[0]["lr"],
-               **{k: mean.get(k) for k in ("grad_norm", "surprise", "agreement", "echo", "output_entropy")},
-               agreement_probe=(told == w[:, None, 1:]).float().mean().item(),
-               target_top=share.max().item() if n else None,
-               target_entropy=torch.special.entr(share).sum().item() if n else None, kappa=phi["log_kappa"].exp().item(),
-               eta=phi["log_eta"].exp().item() if "log_eta" in phi else None,
-               real_targets=real_targets, tok_per_s=run.speed(n * batch_size * block_size),
-               **answered(nets[0], probe[2]), **extra)
-    row.update({k: mean[k] for k in ("picks_near",) if k in mean})
-    run.log(row)
-    run.show(row, steps)
-    stream = tally.get("stream")
-    tally.clear()
-    return row, stream
+    return dict(agreement_probe=(told == w[:, None, 1:]).float().mean().item(), kappa=phi["log_kappa"].exp().item(),
+                eta=phi["log_eta"].exp().item() if "log_eta" in phi else None, **answered(nets[0], asked))
 
 
 @torch.no_grad()
@@ -702,8 +673,8 @@ def write_samples(run, arm, nets, corpus):
 def report(run, arm, step, why, watch, nets, snapshot, corpus, row):
     """hacks/NNN.md: cross-examines the critic and the outputs of now and of the snapshot, on the text that comes next.
 
-    Returns what the summary keeps: {"step", "why", "changed", "judged"}, judged as "critic on outputs": share of
-    positions at which the observation is what the critic praises most.
+    Agreement is the share of positions at which the observation is what the critic praises most. Returns what
+    `write_report` does.
     """
     w, u = train_text(run, corpus, meta_steps + step), chance(run, meta_steps + step)
     learners = dict(then=snapshot["learner"], now=weights(nets[0]))
@@ -715,17 +686,13 @@ def report(run, arm, step, why, watch, nets, snapshot, corpus, row):
             seen = observed(run, corpus, arm, nets, theta, w, meta_steps + step, u)
             named[c, o] = praised(nets, phi, theta, w, seen)
             judged[c, o] = run.mean((named[c, o] == w[:, None, 1:]).float().mean())
-    if run.first:
-        texts = {when: tuple(t[0].tolist() for t in (outputs[k], w[:, 1:], named[k, k][:, 0]))
-                 for when, k in (("before: the snapshot", "then"), ("after: now", "now"))}
-        shares = {"praised tokens equal to the observation": row["agreement"],
-                  "praised tokens equal to the own output": row["echo"],
-                  "praised tokens that are the most frequent one": row["target_top"],
-                  "entropy of the praised tokens (nats)": row["target_entropy"],
-                  "entropy of the output (nats)": row["output_entropy"], "gold (nats)": row["gold_nats"]}
-        write_report(run, arm, step, why, watch.order(), judged, texts, shares, corpus.encoding)
-    return dict(step=step, why=why if why == "gold" else "+".join(why), changed=[list(c) for c in watch.order()],
-                judged={f"{c} on {o}": round(value, 4) for (c, o), value in judged.items()})
+    texts = {k: tuple(t[0].tolist() for t in (outputs[k], w[:, 1:], named[k, k][:, 0])) for k in outputs}
+    shares = {"praised tokens equal to the observation": row["agreement"],
+              "praised tokens equal to the own output": row["echo"],
+              "praised tokens that are the most frequent one": row["target_top"],
+              "entropy of the praised tokens (nats)": row["target_entropy"],
+              "entropy of the output (nats)": row["output_entropy"], "gold (nats)": row["gold_nats"]}
+    return write_report(run, arm, step, why, watch.order(), judged, texts, shares, corpus.encoding)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -832,8 +799,8 @@ def main():
                     found = measure(run, corpus, nets, theta, weights(critic, read_by(critic)), at["critic_step"])
                     found.update(restarts=at["restarts"], **precision(weights(critic), corpus))
                     at["found"].append(dict(found, step=step))
-                row, stream = write_row(run, corpus, "meta", step, meta_steps, tally, nets, gold, probe, optimizer, 0,
-                                        found)
+                row, stream = write_row(run, "meta", step, meta_steps, tally, gold, learner, optimizer, target_top=None,
+                                        real_targets=0, **examine(nets, probe), **found)
                 track_gold(at["track"], row, hack_margin)
                 if stream is not None and step <= pretrain:
                     at["streams"] = torch.cat((at["streams"], stream))
@@ -865,8 +832,8 @@ def main():
             run.checkpoint(step, at, tally, **parts)
             set_rate(optimizer, meta_steps + step, 1.0 if arm in REAL else self_rate)
             if step % eval_interval == 0 or step == self_steps:
-                row, stream = write_row(run, corpus, arm, step, self_steps, tally, nets, gold, probe, optimizer,
-                                        at["real_targets"], {})
+                row, stream = write_row(run, arm, step, self_steps, tally, gold, learner, optimizer, target_top=None,
+                                        real_targets=at["real_targets"], **examine(nets, probe))
                 if track_gold(track, row, hack_margin):
                     run.say(f"{arm}: hacked at step {track['steps_to_hack']}, gold {row['gold_nats']:.3f} after a best "
                             f"of {track['gold_best']:.3f}")

@@ -28,7 +28,7 @@ from configurator import chosen_arms, configure, read_meta_phase, refuse
 from model import GPT, GPTConfig, adamw, rollout, sample_tokens
 from plot import draw_runs
 from prepare_data import corpus_id, decode, get_batch, open_corpus, prepare, val_windows
-from watch import MEMORY, STREAMS, Gold, Watch, new_track, summarise, track_gold, write_report
+from watch import MEMORY, STREAMS, Gold, Watch, new_track, note, summarise, track_gold, write_report, write_row
 
 # --- experiment
 arms = "real,self,frozen,ema,shuffled,sharpen"  # any of self, frozen, ema, real, shuffled, sharpen, with commas
@@ -253,7 +253,7 @@ def meta_loss(run, learner, role, w, step, tally, hacked=None):
     named = critic_logits(role, read, obs)
     loss = F.cross_entropy(logits.flatten(0, 1), obs.flatten())
     if tally is not None:
-        note(tally, loss, logits, obs, own, *align(obs, named.detach().argmax(-1)))
+        note_step(tally, loss, logits, obs, own, *align(obs, named.detach().argmax(-1)))
     loss = loss + imitation(named, obs)
     if hacked is not None:
         with torch.no_grad():
@@ -272,36 +272,24 @@ def self_loss(run, arm, learner, judges, w, seen, step, tally):
     own = own_output(logits, chance(run, step, (block_size,)) if pred == "sample" else None)
     if arm == "real":
         loss = F.cross_entropy(logits.flatten(0, 1), obs.flatten())
-        note(tally, loss, logits, obs, own, obs, obs)
+        note_step(tally, loss, logits, obs, own, obs, obs)
         return loss, logits
     named, disagreement = critic_target(judges, own, own if arm == "sharpen" else seen)
     said, told = align(logits, named)
     loss = F.cross_entropy(said.flatten(0, 1), told.flatten(0, 1))
-    note(tally, loss, logits, obs, own, *align(obs, named.argmax(-1) if target == "soft" else named), disagreement)
+    tokens = named.argmax(-1) if target == "soft" else named
+    note_step(tally, loss, logits, obs, own, *align(obs, tokens), disagreement=disagreement)
     return loss, logits
 
 
 @torch.no_grad()
-def note(tally, loss, logits, obs, own, seen, told, disagreement=None):
-    """Adds a step to what the next line of the log will average, without waiting for the device.
+def note_step(tally, loss, logits, obs, own, seen, told, **more):
+    """Adds a step to the tally: see `note`.
 
     seen, told: the observed tokens and what the critic names for them, int [B, T] or, if LOSS reads ahead, [B, T − 1].
     """
-    logp = logits.detach().log_softmax(-1)
-    surprise = -logp.gather(-1, obs.unsqueeze(-1)).mean()
-    agreement = (seen == told).float().mean()
-    entropy = -(logp.exp() * logp).sum(-1).mean()
-    counts = torch.zeros(vocab, device=told.device)  # not bincount, which waits for the device
-    counts.index_add_(0, told.flatten(), torch.ones_like(told.flatten(), dtype=torch.float32))
-    means = dict(steps=torch.ones_like(loss), loss=loss.detach(), surprise=surprise, agreement=agreement,
-                 echo=(own[:, -told.size(1):] == told).float().mean(), output_entropy=entropy,
-                 targets=counts)
-    if disagreement is not None:
-        means["disagreement"] = disagreement
-    for name, value in means.items():
-        tally[name] = tally.get(name, 0) + value
-    stream = torch.stack((surprise, agreement, entropy)).float()[None]
-    tally["stream"] = torch.cat((tally["stream"], stream)) if "stream" in tally else stream
+    agreement, echo = (seen == told).float().mean(), (own[:, -told.size(1):] == told).float().mean()
+    note(tally, loss, logits.log_softmax(-1), obs, agreement, told, echo=echo, **more)
 
 
 def set_rate(optimizer, step, share=1.0):
@@ -412,30 +400,13 @@ def start_arm(snapshot, pair, judges, optimizer, watch):
 # ----------------------------------------------------------------------------------------------
 # the report
 
-def write_row(run, arm, step, steps, tally, learner, judges, gold, probe, optimizer, real_targets):
-    """Logs and shows where the arm stands. Empties the tally; returns the row and the streams of the steps since."""
-    run.average(list(tally.values()))
-    n = tally["steps"].item() if tally else 0
-    mean = {k: (v / n).item() for k, v in tally.items() if v.dim() == 0}
-    share = tally["targets"] / tally["targets"].sum() if n else None
-    nats, bpb = gold(learner)
+@torch.no_grad()
+def examine(run, critic, probe):
+    """How the critic stands on the stored probe: {agreement_probe: share of tokens named that are the observation}."""
     own, obs = probe
-    with torch.no_grad(), run.autocast():
-        seen, named = align(obs, critic_logits(judges[0], own, obs).argmax(-1))
-    total = step + (meta_steps if arm != "meta" else 0)
-    row = dict(stage="self_ce", arm=arm, step=step, tokens=total * batch_size * block_size,
-               proxy=mean.pop("loss", None), gold_nats=nats, gold_bpb=bpb, lr=optimizer.param_groups[0]["lr"],
-               **{k: mean.get(k) for k in ("grad_norm", "surprise", "agreement", "echo", "output_entropy")},
-               agreement_probe=(seen == named).float().mean().item(),
-               target_top=share.max().item() if n else None,
-               target_entropy=torch.special.entr(share).sum().item() if n else None,
-               real_targets=real_targets, tok_per_s=run.speed(n * batch_size * block_size))
-    row.update({k: mean[k] for k in ("gain", "disagreement") if k in mean})
-    run.log(row)
-    run.show(row, steps)
-    stream = tally.get("stream")
-    tally.clear()
-    return row, stream
+    with run.autocast():
+        seen, named = align(obs, critic_logits(critic, own, obs).argmax(-1))
+    return dict(agreement_probe=(seen == named).float().mean().item())
 
 
 @torch.no_grad()
@@ -457,8 +428,8 @@ def write_samples(run, arm, learner, judge, corpus):
 def report(run, arm, step, why, watch, learner, judges, snapshot, corpus, row):
     """hacks/NNN.md: cross-examines the critic and the outputs of now and of the snapshot, on the text that comes next.
 
-    For the real arm, which has no critic, it is the learner in the critic's role that is examined. Returns what the
-    summary keeps: {"step", "why", "changed", "judged"}, judged as "critic on outputs": share equal to the observation.
+    For the real arm, which has no critic, it is the learner in the critic's role that is examined. Agreement is the share
+    of targets equal to the observation. Returns what `write_report` does.
     """
     w = text(run, corpus, meta_steps + step)
     foreign = text(run, corpus, meta_steps + step, FOREIGN)
@@ -473,16 +444,12 @@ def report(run, arm, step, why, watch, learner, judges, snapshot, corpus, row):
             named[c, o] = tokens.argmax(-1) if target == "soft" else tokens
             observed, told = align(obs, named[c, o])
             judged[c, o] = run.mean((observed == told).float().mean())
-    if run.first:
-        texts = {when: tuple(t[0].tolist() for t in (outputs[k], obs, named[k, k]))
-                 for when, k in (("before: the snapshot", "then"), ("after: now", "now"))}
-        shares = {"targets equal to the observation": row["agreement"], "targets equal to the own output": row["echo"],
-                  "targets that are the most frequent one": row["target_top"],
-                  "entropy of the targets (nats)": row["target_entropy"],
-                  "entropy of the output (nats)": row["output_entropy"], "gold (nats)": row["gold_nats"]}
-        write_report(run, arm, step, why, watch.order(), judged, texts, shares, corpus.encoding)
-    return dict(step=step, why=why if why == "gold" else "+".join(why), changed=[list(c) for c in watch.order()],
-                judged={f"{c} on {o}": round(value, 4) for (c, o), value in judged.items()})
+    texts = {k: tuple(t[0].tolist() for t in (outputs[k], obs, named[k, k])) for k in outputs}
+    shares = {"targets equal to the observation": row["agreement"], "targets equal to the own output": row["echo"],
+              "targets that are the most frequent one": row["target_top"],
+              "entropy of the targets (nats)": row["target_entropy"],
+              "entropy of the output (nats)": row["output_entropy"], "gold (nats)": row["gold_nats"]}
+    return write_report(run, arm, step, why, watch.order(), judged, texts, shares, corpus.encoding)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -555,7 +522,8 @@ def main():
             run.checkpoint(step, at, tally, **parts)
             set_rate(optimizer, step)
             if step % eval_interval == 0 or step == meta_steps:
-                row, stream = write_row(run, "meta", step, meta_steps, tally, learner, [role], gold, probe, optimizer, 0)
+                row, stream = write_row(run, "meta", step, meta_steps, tally, gold, learner, optimizer, target_top=None,
+                                        real_targets=0, **examine(run, role, probe))
                 track_gold(at["track"], row, hack_margin)
                 if stream is not None:
                     at["streams"] = torch.cat((at["streams"], stream))
@@ -594,8 +562,8 @@ def main():
             run.checkpoint(step, at, tally, **parts)
             set_rate(optimizer, meta_steps + step, 1.0 if arm == "real" else self_rate)
             if step % eval_interval == 0 or step == self_steps:
-                row, stream = write_row(run, arm, step, self_steps, tally, learner, asked, gold, probe, optimizer,
-                                        at["real_targets"])
+                row, stream = write_row(run, arm, step, self_steps, tally, gold, learner, optimizer, target_top=None,
+                                        real_targets=at["real_targets"], **examine(run, asked[0], probe))
                 if track_gold(track, row, hack_margin):
                     run.say(f"{arm}: hacked at step {track['steps_to_hack']}, gold {row['gold_nats']:.3f} after a best "
                             f"of {track['gold_best']:.3f}")

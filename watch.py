@@ -1,5 +1,5 @@
 """
-What tells whether a run goes well: gold, the watch that must do without it, and the report of a hack.
+What tells whether a run goes well: gold, the log, the watch that must do without gold, and the report of a hack.
 
 Gold is the held-out cross entropy of the learner on real text. It is for the report; no part of a self phase may read
 it. The watch reads what a deployed model has: its own output, the critic's signal and the observation stream.
@@ -101,6 +101,56 @@ def table(arms):
     elif real["steps_to_hack"] is not None:
         lines.append("Gold rose in the real arm too, whose targets are right: no hack of this run is to be believed.")
     return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------
+# the log
+
+ROW = ("grad_norm", "surprise", "agreement", "echo", "target_entropy", "output_entropy")  # None without a step
+
+
+def note(tally, loss, logp, obs, agreement, told=None, **means):
+    """Adds a step to what the next row of the log will average, without waiting for the device.
+
+    logp: the learner's log probabilities [B, T, V]. obs: what was observed there, int [B, T] or the first of them. told: the
+    tokens that the critic names, int of any shape, if it names tokens. agreement, means: scalars, to be averaged as well.
+    """
+    surprise = -logp[:, :obs.size(1)].gather(-1, obs.unsqueeze(-1)).mean()
+    entropy = -(logp.exp() * logp).sum(-1).mean()
+    means = dict(steps=torch.ones_like(surprise), loss=loss.detach(), surprise=surprise, agreement=agreement,
+                 output_entropy=entropy, **means)
+    if told is not None:
+        counts = torch.zeros(logp.size(-1), device=told.device)  # not bincount, which waits for the device
+        means["targets"] = counts.index_add_(0, told.flatten(), counts.new_ones(told.numel()))
+    for name, value in means.items():
+        tally[name] = tally.get(name, 0) + value
+    stream = torch.stack((surprise, agreement, entropy)).float()[None]
+    tally["stream"] = torch.cat((tally["stream"], stream)) if "stream" in tally else stream
+
+
+def write_row(run, arm, step, steps, tally, gold, model, optimizer, **more):
+    """Logs and shows where the arm stands: the means of the tally, gold of `model`, and `more`. Empties the tally.
+
+    A mean replaces what `more` has by its name: None there is what rows without a step hold. Returns the row and the
+    streams of the steps since the last one, float [steps, 3] or None.
+    """
+    run.average(list(tally.values()))
+    n = tally.pop("steps").item() if tally else 0
+    stream, counts = tally.pop("stream", None), tally.pop("targets", None)
+    mean = {k: (v / n).item() for k, v in tally.items()}
+    tally.clear()
+    if counts is not None:
+        share = counts / counts.sum()
+        mean.update(target_top=share.max().item(), target_entropy=torch.special.entr(share).sum().item())
+    nats, bpb = gold(model)
+    tokens = run.settings["batch_size"] * run.settings["block_size"]
+    total = step + (run.settings["meta_steps"] if arm != "meta" else 0)
+    row = dict(stage=run.stage, arm=arm, step=step, tokens=total * tokens, proxy=mean.pop("loss", None), gold_nats=nats,
+               gold_bpb=bpb, lr=optimizer.param_groups[0]["lr"], **{**dict.fromkeys(ROW), **more, **mean},
+               tok_per_s=run.speed(n * tokens))
+    run.log(row)
+    run.show(row, steps)
+    return row, stream
 
 
 # ----------------------------------------------------------------------------------------------
@@ -270,8 +320,13 @@ def write_report(run, arm, step, why, changed, judged, texts, shares, encoding):
     """hacks/NNN.md: what happened, in an order in which a newcomer can read it, and a picture beside it.
 
     why: "gold" or the names of the streams that alarmed. changed: [(step, stream)]. judged: see `verdict`.
-    texts: {"before" | "after": (output, observation, target)}, lists of token ids. shares: {name: value}.
+    texts: {"then" | "now": (output, observation, target)}, lists of token ids. shares: {name: value}.
+    Returns what the summary keeps: {"step", "why", "changed", "judged"}, judged as "critic on outputs": agreement.
     """
+    kept = dict(step=step, why=why if why == "gold" else "+".join(why), changed=[list(c) for c in changed],
+                judged={f"{c} on {o}": round(value, 4) for (c, o), value in judged.items()})
+    if not run.first:
+        return kept
     folder = run.out_dir / "hacks"
     folder.mkdir(exist_ok=True)
     number = 1 + len(list(folder.glob("*.md")))
@@ -283,7 +338,7 @@ def write_report(run, arm, step, why, changed, judged, texts, shares, encoding):
         f"**{when}**\n\n```\noutput       {marked(encoding, output, observation)}\n"
         f"observation  {marked(encoding, observation, observation)}\n"
         f"target       {marked(encoding, target, observation)}\n```"
-        for when, (output, observation, target) in texts.items())
+        for when, (output, observation, target) in (("before: the snapshot", texts["then"]), ("after: now", texts["now"])))
     cause = "gold rose" if why == "gold" else "the watch alarmed on " + ", ".join(why)
     numbers = "\n".join(f"| {name} | {value:.3f} |" for name, value in shares.items())
     table_of_judges = "\n".join(f"| {whose} critic | {judged[k, 'then']:.3f} | {judged[k, 'now']:.3f} |"
@@ -319,6 +374,7 @@ What differs from the observation stands in ⟦ ⟧; ⏎ is a line break.
 {numbers}
 """
     run.write(f"hacks/{number:03d}.md", lambda f: f.write(text.encode()))
+    return kept
 
 
 def draw_report(rows, step, path):

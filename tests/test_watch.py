@@ -1,9 +1,12 @@
-"""The watch against streams whose change is known, and the report of a hack."""
+"""The watch against streams whose change is known, the rows of the log, and the report of a hack."""
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from watch import MEMORY, Watch, marked, verdict
+from watch import MEMORY, ROW, Watch, marked, note, verdict, write_report, write_row
 
 TOKENS = 512
 
@@ -83,6 +86,33 @@ def test_without_calibration_the_watch_is_off_and_its_state_survives_a_checkpoin
     assert not watch.settled()
     watch.restart()
     assert watch.settled() and MEMORY == 100
+
+
+def test_a_row_holds_the_means_of_the_steps_since_the_last_one_and_none_without_a_step():
+    rows, tally = [], {}
+    run = SimpleNamespace(stage="s", settings=dict(batch_size=2, block_size=3, meta_steps=10), average=lambda tensors: None,
+                          speed=lambda tokens: tokens, log=rows.append, show=lambda row, steps: None)
+    logp, obs = torch.full((2, 3, 4), math.log(0.25)), torch.tensor([[0, 1, 2], [3, 0, 1]])
+    optimizer = SimpleNamespace(param_groups=[dict(lr=0.1)])
+    write = lambda arm: write_row(run, arm, 5, 8, tally, lambda model: (model, 2.0), 3.0, optimizer, target_top=None, own=7)
+    for k, told in enumerate((obs, torch.zeros_like(obs))):
+        note(tally, torch.tensor(1.0 + k), logp, obs, (obs == told).float().mean(), told, echo=torch.tensor(0.5))
+    row, streams = write("self")
+    assert row == dict(stage="s", arm="self", step=5, tokens=15 * 6, proxy=1.5, gold_nats=3.0, gold_bpb=2.0, lr=0.1, own=7,
+                       grad_norm=None, surprise=pytest.approx(math.log(4)), output_entropy=pytest.approx(math.log(4)),
+                       agreement=pytest.approx(2 / 3), echo=0.5, target_top=pytest.approx(8 / 12), tok_per_s=12,
+                       target_entropy=pytest.approx(-sum(n / 12 * math.log(n / 12) for n in (8, 2, 1, 1))))
+    assert streams.shape == (2, 3) and streams[:, 1].tolist() == pytest.approx([1, 1 / 3]) and not tally
+    row, streams = write("meta")
+    assert {row[k] for k in (*ROW, "proxy", "target_top")} == {None} and row["own"] == 7 and row["tokens"] == 5 * 6
+    assert streams is None and rows[1] == row
+
+
+def test_ranks_but_the_first_keep_the_same_of_a_report_and_write_none():
+    judged = {(c, o): 0.12345 for c in ("then", "now") for o in ("then", "now")}
+    kept = write_report(SimpleNamespace(first=False), "self", 5, ["probe", "entropy"], [(3, "probe")], judged, {}, {}, None)
+    assert kept == dict(step=5, why="probe+entropy", changed=[[3, "probe"]],
+                        judged={f"{c} on {o}": 0.1235 for c, o in judged})
 
 
 def test_the_verdict_names_who_changed():
