@@ -180,7 +180,8 @@ def memory():
             process.start()
             found[name] = answer.get(timeout=300)
             process.join()
-            print(f"  {f'{name}, {steps} steps: peak memory':<44} {found[name]:7.0f} MB {found[name] / found['first order']:7.2f} x")
+            ratio = found[name] / max(1, found["first order"])
+            print(f"  {f'{name}, {steps} steps: peak memory':<44} {found[name]:7.0f} MB {ratio:7.2f} x")
 
 
 def measure(title, steps, tokens):

@@ -2,11 +2,11 @@
 What learning from gists changes in a learner, and what its gists know.
 
     python probe.py out/gist_bottleneck                 # one run
-    python probe.py out/study-2/base/*                  # several seeds: means and 95 % intervals
+    python probe.py out/study-2/base/?                  # several seeds: means and 95 % intervals
 
-Two tables, markdown:
-1. Where cross entropy fell, by quintile of a reference model's entropy and by class of token, in an arm of the run and
-   in training on real tokens *at equal total gain*: the real arm is gone through again until it has gained as much.
+Tables, markdown:
+1. Where cross entropy fell, by quintile of a reference model's entropy and by class of token, in the arms `frozen` and
+   `random` and in training on real tokens *at equal total gain*: real training is gone through until it has gained as much.
 2. How well a linear map reads play, speaker and place in the line off a chunk's gists, beside a bag of its tokens.
 """
 import re
@@ -23,7 +23,7 @@ from model import GPT, GPTConfig, adamw
 from plot import interval
 from prepare_data import corpus_id, decode, get_batch, open_corpus, val_windows
 
-ARM, WINDOWS = "frozen", 256
+ARMS, WINDOWS = ("frozen", "random"), 256  # random gists: what they favour too is not meaning
 FUNCTION_WORDS = frozenset("""the and to of i you a my in that is not me it with for be his your this but he have as thou
 him so will what her thy all by do no shall if are we thee our on at or from was they she o who an them their""".split())
 CLASSES = ("function words", "other words", "names", "punctuation", "spaces", "line breaks")
@@ -108,14 +108,16 @@ def classes_of(corpus, ids):
     return torch.from_numpy(found[np.minimum(starts, len(text) - 1)])
 
 
-def texture(folder):
-    """{row: (change of the arm, change of real at equal gain)}, nats a token, for quintiles and classes of one run."""
+def texture(folder, name_of_arm):
+    """{row: (change of the arm, change of real at equal gain, share of tokens)}, nats a token, for quintiles and classes
+    of one run."""
     state, corpus, lay = set_up(folder)
-    if ARM not in state["ends"]:
-        refuse(f"{folder} has no arm {ARM}")
+    if name_of_arm not in state["ends"]:
+        refuse(f"{folder} has no arm {name_of_arm}; add it: python gist_bottleneck.py --resume={folder} "
+               f"--arms={name_of_arm}")
     windows = val_windows(corpus.val, WINDOWS, gb.block_size + 1)
     start = token_nats(model_of(state["snapshot"]["learner"]), lay, windows)[0]
-    arm = token_nats(model_of(state["ends"][ARM]), lay, windows)[0]
+    arm = token_nats(model_of(state["ends"][name_of_arm]), lay, windows)[0]
     real = real_at_equal_gain(state, corpus, lay, windows, start, start.mean() - arm.mean())
     full = state["snapshot"]["controls"].get("full")
     spread = token_nats(model_of(full), lay, windows, "full")[1] if full else \
@@ -195,13 +197,16 @@ def main():
     if not folders:
         print(__doc__.strip())
         raise SystemExit(2)
-    changed, known = [texture(f) for f in folders], [knowledge(f) for f in folders]
-    print(f"| tokens | share | `{ARM}`, change in nats | `real` at equal total gain | difference | seeds |\n"
-          "|---|---|---|---|---|---|")
-    for name in changed[0]:
-        arm, real, share = (np.array(v) for v in zip(*(c[name] for c in changed)))
-        print(f"| {name} | {share.mean():.2f} | {pm(arm, 4)} | {pm(real, 4)} | {pm(arm - real, 4)} | {len(folders)} |")
-    print("\n| read off a chunk | its gists | a bag of its tokens | the commonest label | seeds |\n|---|---|---|---|---|")
+    for arm in ARMS:
+        changed = [texture(f, arm) for f in folders]
+        print(f"| tokens | share | `{arm}`, change in nats | `real` at equal total gain | difference | seeds |\n"
+              "|---|---|---|---|---|---|")
+        for name in changed[0]:
+            own, real, share = (np.array(v) for v in zip(*(c[name] for c in changed)))
+            print(f"| {name} | {share.mean():.2f} | {pm(own, 4)} | {pm(real, 4)} | {pm(own - real, 4)} | {len(folders)} |")
+        print()
+    known = [knowledge(f) for f in folders]
+    print("| read off a chunk | its gists | a bag of its tokens | the commonest label | seeds |\n|---|---|---|---|---|")
     for name in known[0]:
         gist, common, bag = zip(*(k[name] for k in known))
         print(f"| {name} | {pm(gist, 3)} | {pm(bag, 3)} | {np.mean(common):.3f} | {len(folders)} |")

@@ -115,7 +115,8 @@ STUDIES = {
         "similar": "--val_chunks=similar --arms=real,frozen",
         "steps-2": "--inner_steps=2 --arms=real,frozen",
         "steps-4": "--inner_steps=4 --arms=real,frozen",
-        **{f"facts-{c}": f"--dataset=planted-facts --val_chunks={c} --arms=real,frozen" for c in ("random", "next", "similar")},
+        **{f"facts-{c}": f"--dataset=planted-facts --val_chunks={c} --arms=real,frozen"
+           for c in ("random", "next", "similar")},
         "chunk-4-sharp": f"{CHUNKS} --kappa=7 --arms=real,frozen",
     }, (1, 2, 3, 4, 5)),
     # Where is a frozen critic hacked only after hundreds of steps, as earlier work saw at 750?
