@@ -9,9 +9,10 @@ built of torch.nn.TransformerEncoder, so that the numbers of another machine can
 ratios to their first-order parts, the gradients of the inner steps and of the outer loss, in time and in peak memory.
 """
 import multiprocessing
-import resource
+import re
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -160,14 +161,20 @@ def meta_parts(steps, batch):
                                            for m in ("difference", "forward", "graph")}}
 
 
+def kilobytes(name):
+    """VmRSS or VmHWM, memory of this process now and at its highest, as Linux counts it."""
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 def peak(steps, name, answer):
-    """Puts the megabytes that one call adds to the peak of a fresh process into the queue `answer`."""
+    """Puts the megabytes that one call adds at its highest, in a fresh process, into the queue `answer`."""
     torch.manual_seed(0)
     meta_parts(1, 1)[name]()  # what is loaded and set up once
-    call, peak_so_far = meta_parts(steps, 64)[name], lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    before = peak_so_far()
+    call = meta_parts(steps, 64)[name]
+    Path("/proc/self/clear_refs").write_text("5")  # the highest begins anew
+    before = kilobytes("VmRSS")
     call()
-    answer.put(peak_so_far() - before)
+    answer.put((kilobytes("VmHWM") - before) / 1024)
 
 
 def memory():
@@ -180,8 +187,8 @@ def memory():
             process.start()
             found[name] = answer.get(timeout=300)
             process.join()
-            ratio = found[name] / max(1, found["first order"])
-            print(f"  {f'{name}, {steps} steps: peak memory':<44} {found[name]:7.0f} MB {ratio:7.2f} x")
+            print(f"  {f'{name}, {steps} steps: peak memory':<44} {found[name]:7.0f} MB "
+                  f"{found[name] / found['first order']:7.2f} x")
 
 
 def measure(title, steps, tokens):
