@@ -6,6 +6,7 @@ What the studies say: the tables between the marks of README.md, and figures/sta
 Hacks that have not come by an arm's end are counted as its end, and marked with >.
 """
 import json
+import math
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -338,7 +339,7 @@ SYNONYMS = {  # text: point of study 3
 def synonyms():
     """Where many tokens mean one thing: what second order finds, and who learns faster, with the control by hand."""
     lines = ["| critic | seeds | precision | gain / real's | cos_bb, real's | recovered at the end | best gold of the signal, of"
-             " real | steps to real's best gold, of the signal and of real |", "|---|---|---|---|---|---|---|---|"]
+             " real | median steps to real's best gold, signal / real |", "|---|---|---|---|---|---|---|---|"]
     for text, name in SYNONYMS.items():
         runs = list(load(name, "3").values())
         if not runs:
@@ -348,7 +349,9 @@ def synonyms():
         first = lambda rows, arm, goal: next((r["step"] for r in rows if r["arm"] == arm and r["gold_nats"] <= goal + 1e-5),
                                              None)
         goals = list(zip((rows for _, rows in runs), best("real")))
-        soon = "; ".join(f"{first(rows, 'frozen', goal) or 'never'}, {first(rows, 'real', goal)}" for rows, goal in goals)
+        middle = lambda steps: sorted(math.inf if s is None else s for s in steps)[len(steps) // 2]
+        soon = " / ".join(str(middle([first(rows, arm, goal) for rows, goal in goals])).replace("inf", "never")
+                          for arm in ("frozen", "real"))
         lines.append(f"| {text} | {len(runs)} | {pm([s['precision'] for s in found], 3)} | "
                      f"{pm([s['gain'] / s['gain_real'] for s in found])} | {pm([s['cos_bb'] for s in found])}, "
                      f"{pm([s['cos_bb_real'] for s in found])} | "
@@ -380,16 +383,17 @@ def draw_second_order():
     for name, colour in (("gain", "tab:green"), ("gain_real", "k"), ("gain_shuffled", "tab:purple")):
         show(left, [r["step"] for r in met[0]], [[1e3 * r[name] for r in rows] for rows in met], color=colour, label=name)
     left.set(xlabel="steps of the meta phase", title="gain of one inner step, 0.001 nats", yscale="symlog")
-    for axis, point in ((middle, "base"), (right, "synonyms")):
+    for axis, point, label, style in ((middle, "base", "{}", "-"), (right, "synonyms", "{}, 40,000 tokens", "-"),
+                                      (right, "synonyms-10000", "{}, 10,000 tokens", "--")):
         runs = load(point, "3").values()
-        for arm in ("real", "frozen", "shuffled"):
+        for arm in ("real", "frozen", "shuffled") if runs else ():
             rows = [[r for r in rows if r["arm"] == arm] for _, rows in runs]
-            if rows and rows[0]:
+            if all(rows):
                 show(axis, [r["step"] for r in rows[0]], [[r["gold_nats"] for r in one] for one in rows],
-                     color=COLOUR[arm], label=arm)
-        start = np.mean([s["gold_meta_end"] for s, _ in runs]) if runs else 0
-        axis.set(xlabel="self steps", ylim=(start - 1.35 if point == "synonyms" else start - 0.45, start + 0.1),
-                 title={"base": "gold of the open run", "synonyms": "gold on planted synonyms"}[point])
+                     color=COLOUR[arm], label=label.format(arm), ls=style)
+    for axis, title, above in ((middle, "gold of the open run", 0.5), (right, "gold on planted synonyms", 0.8)):
+        least = min(line.get_ydata().min() for line in axis.get_lines())
+        axis.set(xlabel="self steps", ylim=(least - 0.05, least + above), title=title)
     for axis in (left, middle, right):
         axis.grid(alpha=0.2)
         axis.legend(fontsize=7)
