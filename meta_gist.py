@@ -1,7 +1,7 @@
 """
 Stage 3: can the signal itself be learned, by how much learning from it helps?
 
-    python meta_gist.py                                          # two cores, about 4 minutes
+    python meta_gist.py                                          # two cores, about 2 minutes
     python meta_gist.py --own=rollout --chunk=4 --n_gist=4       # chunks that the learner writes alone, compared by gists
     torchrun --standalone --nproc_per_node=8 meta_gist.py        # the same numbers on any number of ranks
 
@@ -18,7 +18,8 @@ the gists of its text, a_i, and of the true one, b_i, come apart: exp −η Σ_i
 
 In the code: theta, phi, the signal a, the gradient g, the direction u = g/‖g‖, lam = ∇O(θ′), and w, which is lam pulled
 back through the step. An arm is one self phase: θ moves by g alone. Its critic is φ as the meta phase left it (frozen),
-φ moved as far as the learner has moved since (self) or by a moving average of that (ema).
+φ moved as far as the learner has moved since (self) or by a moving average of that (ema). The arm first is real training
+on the first token of each chunk alone: what chunks are worth is what is learned beyond it.
 """
 import copy
 import math
