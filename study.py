@@ -119,6 +119,17 @@ STUDIES = {
            for c in ("random", "next", "similar")},
         "chunk-4-sharp": f"{CHUNKS} --kappa=7 --arms=real,frozen",
     }, (1, 2, 3, 4, 5)),
+    # Other forms of stage 3, one seed each.
+    "3-forms": ("meta_gist.py", {
+        "no-zero-mean": "--zero_mean=false --arms=real,frozen",
+        "pool-real": "--pool_self=0 --arms=real,frozen",
+        "pool-self": "--pool_self=1 --arms=real,frozen",
+        "chunk-4-samples": f"{CHUNKS} --samples=4 --arms=real,first,frozen",
+        "chunk-4-layer": f"{CHUNKS} --gist_layer=1 --arms=real,first,frozen",
+        "chunk-4-own": f"{CHUNKS} --gist_layer=1 --gist_b=own+truth --arms=real,first,frozen",
+        "chunk-4-two": "--own=rollout --chunk=4 --n_gist=2 --arms=real,first,frozen",
+        "chunk-8": "--own=rollout --chunk=8 --n_gist=8 --arms=real,first,frozen",
+    }, (1,)),
     # Where is a frozen critic hacked only after hundreds of steps, as earlier work saw at 750?
     "hunt": ("self_ce.py", {
         **{f"accuracy-{m}": f"--vocab=4096 --meta_steps={m} --self_steps=1200 --arms=real,frozen --eval_interval=20"

@@ -154,7 +154,7 @@ def one_of_two_ranks(rank, folder):
     if rank == 0:
         torch.save(found, f"{folder}/found.pt")
     torch.distributed.barrier()
-    os._exit(0)  # torch's threads abort now and then while an interpreter with a process group ends
+    os._exit(0)  # gloo's threads may still hold tensors, and then the end of an interpreter aborts
 
 
 def test_two_ranks_find_the_second_order_of_one_and_the_mean_of_their_own_would_not(settings, tmp_path):
