@@ -250,7 +250,7 @@ def long_run():
 
 def carried():
     """What the gists carry: cross entropies of later chunks by mask, and the share of full minus none."""
-    lines = ["| chunk, gists | meta steps | seeds | full | gists | none | pool | the gists carry | by place in the chunk |",
+    lines = ["| chunk, gists | meta steps | seeds | full | gists | none | pool | the gists carry | by place in the chunk, the first four |",
              "|---|---|---|---|---|---|---|---|---|"]
     for name in ("base", *(n for n in STUDIES["2"][1] if n.startswith("share-"))):
         runs = [s for s, _ in load(name, "2").values()]
@@ -262,7 +262,7 @@ def carried():
         places = zip(*(s["gist_share_by_place"] for s in runs))
         lines.append(f"| {config['chunk']}, {config['n_gist']}{extra} | {config['meta_steps']} | {len(runs)} | "
                      + " | ".join(cells) + f" | {pm([s['gist_share'] for s in runs])} | "
-                     + ", ".join(f"{np.mean(p):.2f}" for p in places) + " |")
+                     + ", ".join(f"{np.mean(p):.2f}" for p in list(places)[:4]) + " |")
     return "\n".join(lines)
 
 
@@ -307,11 +307,12 @@ def forgets():
 
 def critic_rows(points, arms=None, what="critic"):
     """Gain of one inner step, in thousandths of a nat, and cosines at the end of the meta phase, and what the open run
-    recovers. points: {text: point of study 3}; arms: those of interest, None for all."""
+    recovers. points: {text: point of study 3, or study/point}; arms: those of interest, None for all."""
     lines = [f"| {what} | gain, shuffled, real | cos with real | cos_bb, real's | arm | seeds | steps to hack | recovered |",
              "|---|---|---|---|---|---|---|---|"]
     for text, name in points.items():
-        runs = [s for s, _ in load(name, "3").values()]
+        study, _, point = name.rpartition("/")
+        runs = [s for s, _ in load(point, study or "3").values()]
         if not runs:
             continue
         told = lambda *names, by=1, digits=2: ", ".join(pm([by * s[k] for s in runs], digits) for k in names)
@@ -327,7 +328,9 @@ def critic_rows(points, arms=None, what="critic"):
 
 def second_order():
     return critic_rows({"200 steps of second order": "base", "κ = 1, left as it starts": "untrained",
-                        "κ = 7 by hand, random E": "by-hand"})
+                        "κ = 7 by hand, random E": "by-hand", "`zero_mean=false`": "3-forms/no-zero-mean",
+                        "a pool that moves by real text": "3-forms/pool-real",
+                        "a pool that moves by the signal": "3-forms/pool-self"})
 
 
 SYNONYMS = {  # text: point of study 3
@@ -362,7 +365,11 @@ def synonyms():
 
 def chunks():
     return critic_rows({"κ = 1, then second order": "chunk-4", "κ = 7 by hand": "chunk-4-by-hand",
-                        "κ = 7, then second order": "chunk-4-sharp"}, what="critic of chunks of 4")
+                        "κ = 7, then second order": "chunk-4-sharp", "four samples": "3-forms/chunk-4-samples",
+                        "two gists, of two tokens each": "3-forms/chunk-4-two",
+                        "gists pass one block": "3-forms/chunk-4-layer",
+                        'the same, `gist_b="own+truth"`': "3-forms/chunk-4-own", "chunks of 8": "3-forms/chunk-8"},
+                       what="critic of chunks of 4")
 
 
 def judges():
