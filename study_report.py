@@ -5,11 +5,9 @@ What the studies say: the tables between the marks of README.md, and figures/sta
 
 Hacks that have not come by an arm's end are counted as its end, and marked with >.
 """
-import json
 import math
 import re
 from collections import defaultdict
-from pathlib import Path
 
 import matplotlib
 matplotlib.use("Agg")
@@ -250,7 +248,8 @@ def long_run():
 
 def carried():
     """What the gists carry: cross entropies of later chunks by mask, and the share of full minus none."""
-    lines = ["| chunk, gists | meta steps | seeds | full | gists | none | pool | the gists carry | by place in the chunk, the first four |",
+    lines = ["| chunk, gists | meta steps | seeds | full | gists | none | pool | the gists carry | the same at the first four "
+             "places of a chunk |",
              "|---|---|---|---|---|---|---|---|---|"]
     for name in ("base", *(n for n in STUDIES["2"][1] if n.startswith("share-"))):
         runs = [s for s, _ in load(name, "2").values()]
@@ -341,8 +340,8 @@ SYNONYMS = {  # text: point of study 3
 
 def synonyms():
     """Where many tokens mean one thing: what second order finds, and who learns faster, with the control by hand."""
-    lines = ["| critic | seeds | precision | gain / real's | cos_bb, real's | recovered at the end | best gold of the signal, of"
-             " real | median steps to real's best gold, signal / real |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| critic | seeds | precision | gain / real's | cos_bb, real's | recovered at the end | best gold of the signal, "
+             "of real | median steps to real's best gold, signal / real |", "|---|---|---|---|---|---|---|---|"]
     for text, name in SYNONYMS.items():
         runs = list(load(name, "3").values())
         if not runs:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import gist_bottleneck as gb
 from model import GIST, GPT, TRUE, GPTConfig, bottleneck_mask
@@ -197,7 +196,7 @@ def test_an_outcome_that_no_own_span_meets_counts_as_none_of_them(monkeypatch):
     monkeypatch.setattr(gb, "distance", "logscore")
     d2, _ = toy(4)
     logp = torch.tensor([0.2, 0.3, 0.1, 0.4]).double().log()
-    assert torch.allclose(gb.exact_loss(logp, d2, gb.target_mass(d2)), -logp[-1])  # truth, the last, is another gist than the three
+    assert torch.allclose(gb.exact_loss(logp, d2, gb.target_mass(d2)), -logp[-1])  # the truth, last, is none of the three
     assert gb.target_mass(d2).tolist() == [0, 0, 0, 1]
 
 

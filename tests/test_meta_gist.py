@@ -268,9 +268,10 @@ def test_questions_end_at_the_answer_of_a_fact_that_stands_far_before(tmp_path, 
         monkeypatch.setattr(meta_gist, name, value)
     asked = meta_gist.questions(type("Run", (), dict(device="cpu")), corpus)
     assert asked.shape == (512, 17)
+    text = prepare_data.decode(corpus, corpus.train[:60_000])
     for row in asked[::50].tolist():
         *_, where, _, name, _, _, thing, _, place = prepare_data.decode(corpus, row).split()
-        assert where == "where" and f"{name} keeps the {thing} in {place} ." in prepare_data.decode(corpus, corpus.train[:60_000])
+        assert where == "where" and f"{name} keeps the {thing} in {place} ." in text
     told = lambda x: F.one_hot(asked[:, 1:], 512).float()  # a learner that knows the answers, and one that is sure of id 0
     assert meta_gist.answered(told, asked)["answers"] == 1
     nobody = meta_gist.answered(lambda x: torch.zeros(*x.shape, 512), asked)

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad, jvp
 
-from model import GIST, GPT, GPTConfig, OWN, TRUE, attention_mask, bottleneck_mask, norm, rollout, rotary_table, rotate, sample_tokens
+from model import (GIST, GPT, GPTConfig, OWN, TRUE, attention_mask, bottleneck_mask, norm, rollout, rotary_table, rotate,
+                   sample_tokens)
 
 
 def small_gpt(**sizes):

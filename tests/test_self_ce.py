@@ -414,7 +414,8 @@ def test_resuming_with_changed_settings_or_another_tokenizer_is_refused(tmp_path
     in_process(monkeypatch, "--meta_steps=2", "--self_steps=2", "--arms=", *SMALL[2:], f"--out_dir={out}")
     before = (out / "log.jsonl").read_text()
     state = torch.load(out / "ckpt.pt", weights_only=True)
-    for arguments, message in (["--learning_rate=0.5"], "learning_rate=0.5 differs from 0.001"), ([], "another corpus or tokenizer"):
+    for arguments, message in ((["--learning_rate=0.5"], "learning_rate=0.5 differs from 0.001"),
+                               ([], "another corpus or tokenizer")):
         if not arguments:
             torch.save(dict(state, corpus=["0" * 64] * 3), out / "ckpt.pt")
         with pytest.raises(SystemExit) as stop:
