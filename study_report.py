@@ -295,12 +295,14 @@ def forgets():
             continue
         what = " ".join(w for w in settings.removeprefix(GISTS).split() if not w.startswith(("--eval_interval", ",real")))
         for arm in ("frozen", "random"):
+            runs = {seed: run for seed, run in point.items() if arm in run[0]["arms"]}
+            if not runs:
+                continue
             if name == "long":  # beside its own real arm, at its own end
-                shares = [s["arms"][arm]["recovered"] for s, _ in point.values()]
+                shares = [s["arms"][arm]["recovered"] for s, _ in runs.values()]
             else:
-                shares = recovered_at(point, arm, base, 250)
-            lines.append(gist_row(f"`{what}`" + " (recovered at 2,500)" * (name == "long"), arm, list(point.values()),
-                                  shares))
+                shares = recovered_at(runs, arm, base, 250)
+            lines.append(gist_row(f"`{what}`" + " (recovered at 2,500)" * (name == "long"), arm, list(runs.values()), shares))
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
