@@ -117,6 +117,7 @@ STUDIES = {
         "steps-4": "--inner_steps=4 --arms=real,frozen",
         **{f"facts-{c}": f"--dataset=planted-facts --val_chunks={c} --arms=real,frozen"
            for c in ("random", "next", "similar")},
+        "facts-by-hand": "--dataset=planted-facts --meta_steps=400 --kappa=7 --arms=real,frozen",
         "chunk-4-sharp": f"{CHUNKS} --kappa=7 --arms=real,frozen",
     }, (1, 2, 3, 4, 5)),
     # Other forms of stage 3, one seed each.

@@ -302,7 +302,8 @@ def forgets():
                 shares = [s["arms"][arm]["recovered"] for s, _ in runs.values()]
             else:
                 shares = recovered_at(runs, arm, base, 250)
-            lines.append(gist_row(f"`{what}`" + " (recovered at 2,500)" * (name == "long"), arm, list(runs.values()), shares))
+            lines.append(gist_row(f"`{what}`" + " (recovered at 2,500)" * (name == "long"), arm, list(runs.values()),
+                                  shares))
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -377,7 +378,7 @@ def judges():
     return critic_rows({"`random` text, one inner step": "base", "`next`": "next", "`similar`": "similar",
                         "`random`, 2 inner steps": "steps-2", "`random`, 4 inner steps": "steps-4",
                         "facts, `random`": "facts-random", "facts, `next`": "facts-next",
-                        "facts, `similar`": "facts-similar"}, arms=("frozen",), what="what judges")
+                        "facts, `similar`": "facts-similar", "facts, κ = 7 by hand": "facts-by-hand"}, arms=("frozen",), what="what judges")
 
 
 def draw_second_order():
