@@ -800,7 +800,7 @@ def main():
                     found = measure(run, corpus, nets, theta, weights(critic, read_by(critic)), at["critic_step"])
                     found.update(restarts=at["restarts"], **precision(weights(critic), corpus))
                     at["found"].append(dict(found, step=step))
-                row, stream = write_row(run, "meta", step, meta_steps, tally, gold, learner, optimizer, target_top=None,
+                row, stream = write_row(run, "meta", step, meta_steps, tally, gold, learner, optimizer,
                                         real_targets=0, **examine(nets, probe), **found)
                 track_gold(at["track"], row, hack_margin)
                 if stream is not None and step <= pretrain:
@@ -833,7 +833,7 @@ def main():
             run.checkpoint(step, at, tally, **parts)
             set_rate(optimizer, meta_steps + step, 1.0 if arm in REAL else self_rate)
             if step % eval_interval == 0 or step == self_steps:
-                row, stream = write_row(run, arm, step, self_steps, tally, gold, learner, optimizer, target_top=None,
+                row, stream = write_row(run, arm, step, self_steps, tally, gold, learner, optimizer,
                                         real_targets=at["real_targets"], **examine(nets, probe))
                 if track_gold(track, row, hack_margin):
                     run.say(f"{arm}: hacked at step {track['steps_to_hack']}, gold {row['gold_nats']:.3f} after a best "

@@ -522,7 +522,7 @@ def main():
             run.checkpoint(step, at, tally, **parts)
             set_rate(optimizer, step)
             if step % eval_interval == 0 or step == meta_steps:
-                row, stream = write_row(run, "meta", step, meta_steps, tally, gold, learner, optimizer, target_top=None,
+                row, stream = write_row(run, "meta", step, meta_steps, tally, gold, learner, optimizer,
                                         real_targets=0, **examine(run, role, probe))
                 track_gold(at["track"], row, hack_margin)
                 if stream is not None:
@@ -562,7 +562,7 @@ def main():
             run.checkpoint(step, at, tally, **parts)
             set_rate(optimizer, meta_steps + step, 1.0 if arm == "real" else self_rate)
             if step % eval_interval == 0 or step == self_steps:
-                row, stream = write_row(run, arm, step, self_steps, tally, gold, learner, optimizer, target_top=None,
+                row, stream = write_row(run, arm, step, self_steps, tally, gold, learner, optimizer,
                                         real_targets=at["real_targets"], **examine(run, asked[0], probe))
                 if track_gold(track, row, hack_margin):
                     run.say(f"{arm}: hacked at step {track['steps_to_hack']}, gold {row['gold_nats']:.3f} after a best "

@@ -378,7 +378,8 @@ def judges():
     return critic_rows({"`random` text, one inner step": "base", "`next`": "next", "`similar`": "similar",
                         "`random`, 2 inner steps": "steps-2", "`random`, 4 inner steps": "steps-4",
                         "facts, `random`": "facts-random", "facts, `next`": "facts-next",
-                        "facts, `similar`": "facts-similar", "facts, κ = 7 by hand": "facts-by-hand"}, arms=("frozen",), what="what judges")
+                        "facts, `similar`": "facts-similar", "facts, κ = 7 by hand": "facts-by-hand"},
+                       arms=("frozen",), what="what judges")
 
 
 def draw_second_order():

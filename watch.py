@@ -106,7 +106,7 @@ def table(arms):
 # ----------------------------------------------------------------------------------------------
 # the log
 
-ROW = ("grad_norm", "surprise", "agreement", "echo", "target_entropy", "output_entropy")  # None without a step
+ROW = ("grad_norm", "surprise", "agreement", "echo", "target_top", "target_entropy", "output_entropy")
 
 
 def note(tally, loss, logp, obs, agreement, told=None, **means):

@@ -261,6 +261,41 @@ def test_similar_finds_planted_twins_and_never_overlaps_the_text_that_asks(setti
     assert ((found - starts[:, None]).abs() > 32).all() and found.min() >= 0 and found.max() + 33 <= 20_000
 
 
+def test_the_arm_first_trains_on_the_first_token_of_each_chunk_alone(settings):
+    nets, theta, _ = small(CHUNKS)
+    w = what_is_read(1)[2]
+    logp = torch.func.functional_call(nets[0], theta, (w[:, :-1],)).log_softmax(-1)
+    nats = -logp.gather(-1, w[:, 1:, None])[..., 0]
+    assert torch.allclose(meta_gist.cross_entropy(nets[0], theta, w, 4), nats[:, [0, 4]].mean())
+    assert torch.allclose(meta_gist.cross_entropy(nets[0], theta, w), nats.mean())
+
+
+def test_forward_mode_keeps_its_digits_in_bfloat16_and_the_difference_does_not(settings):
+    nets, _, _ = small(dict(DENSE, mixed="forward"))
+    for net in nets:
+        net.float()
+    theta, phi = meta_gist.weights(nets[0]), meta_gist.weights(nets[1], meta_gist.read_by(nets[1]))
+    batches, chances, outer = what_is_read(2)
+
+    def found(mixed, low):
+        meta_gist.mixed = mixed
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            return meta_gist.meta_step(nets, theta, phi, batches, chances, outer, lambda tensors: None)[0]
+    exact = found("forward", False)
+    assert distance(found("forward", True), exact) < min(0.05, distance(found("difference", True), exact) / 2)
+
+
+def test_precision_counts_tokens_by_how_often_they_occur(monkeypatch):
+    for name, value in dict(vocab=6, train_tokens=0).items():
+        monkeypatch.setattr(meta_gist, name, value)
+    E = torch.tensor([[1, 0, 0], [1, .1, 0], [0, 1, 0], [0, 0, 1], [0, 1, .1], [0, .1, 1.]])  # 0 and 1 alike; 2, 4; 3, 5
+    corpus = type("Corpus", (), dict(encoding=type("Encoding", (), dict(spellings=2)),
+                                     train=torch.tensor([0, 0, 0, 1, 2, 3, 4, 5]).numpy()))
+    assert meta_gist.precision({"embed.weight": E}, corpus)["precision"] == 4 / 8
+    corpus.train = torch.tensor([2, 3]).numpy()  # only what occurs can be a neighbour
+    assert meta_gist.precision({"embed.weight": E}, corpus)["precision"] == 1
+
+
 def test_questions_end_at_the_answer_of_a_fact_that_stands_far_before(tmp_path, monkeypatch):
     prepare_data.prepare("planted-facts", 512, tmp_path)
     corpus = prepare_data.open_corpus("planted-facts", 512, tmp_path)

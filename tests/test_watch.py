@@ -94,7 +94,7 @@ def test_a_row_holds_the_means_of_the_steps_since_the_last_one_and_none_without_
                           speed=lambda tokens: tokens, log=rows.append, show=lambda row, steps: None)
     logp, obs = torch.full((2, 3, 4), math.log(0.25)), torch.tensor([[0, 1, 2], [3, 0, 1]])
     optimizer = SimpleNamespace(param_groups=[dict(lr=0.1)])
-    write = lambda arm: write_row(run, arm, 5, 8, tally, lambda model: (model, 2.0), 3.0, optimizer, target_top=None, own=7)
+    write = lambda arm: write_row(run, arm, 5, 8, tally, lambda model: (model, 2.0), 3.0, optimizer, own=7)
     for k, told in enumerate((obs, torch.zeros_like(obs))):
         note(tally, torch.tensor(1.0 + k), logp, obs, (obs == told).float().mean(), told, echo=torch.tensor(0.5))
     row, streams = write("self")
@@ -104,7 +104,7 @@ def test_a_row_holds_the_means_of_the_steps_since_the_last_one_and_none_without_
                        target_entropy=pytest.approx(-sum(n / 12 * math.log(n / 12) for n in (8, 2, 1, 1))))
     assert streams.shape == (2, 3) and streams[:, 1].tolist() == pytest.approx([1, 1 / 3]) and not tally
     row, streams = write("meta")
-    assert {row[k] for k in (*ROW, "proxy", "target_top")} == {None} and row["own"] == 7 and row["tokens"] == 5 * 6
+    assert {row[k] for k in (*ROW, "proxy")} == {None} and row["own"] == 7 and row["tokens"] == 5 * 6
     assert streams is None and rows[1] == row
 
 
