@@ -27,7 +27,7 @@ import math
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call, grad, grad_and_value, jvp
+from torch.func import functional_call, grad, grad_and_value, jvp, vjp
 
 from configurator import chosen_arms, configure, read_meta_phase, refuse
 from model import GIST, GPT, OWN, OWN_GIST, TRUE, GPTConfig, adamw, attention_mask, rollout, sample_tokens
@@ -115,19 +115,22 @@ def kernel(phi, gists):
     return (phi["log_kappa"].exp() * unit(gists) @ unit(phi["embed.weight"][:vocab]).T).softmax(-1)
 
 
-def speak(learner, theta, x, u):
-    """(y, p): what the learner says in the observation's place, on x [B, T].
-
-    rollout: R own texts y, int [B, R, T], each chunk written alone after the true text before it, by the uniform
-    numbers u [B, R, T]; p [B, R, T, V] is its distribution at each token of them. dense: y is None and p [B, T, V] its
-    distribution after every true prefix, which stands for all that it might have said there.
+def write(learner, theta, x, u):
+    """What the learner says in the observation's place, on x [B, T]: R own texts y, int [B, R, T], each chunk written
+    alone after the true text before it, by the uniform numbers u [B, R, T]. With own = "dense" it is None: the learner's
+    distribution after every true prefix stands for all that it might have said there.
     """
-    y = None
-    if own == "rollout":
-        call = lambda tokens, **options: functional_call(learner, theta, (tokens,), options)
-        starts = torch.arange(1, block_size + 1, chunk, device=x.device)
-        u = u.flatten(0, 1).unflatten(1, (len(starts), chunk))
-        y = rollout(call, x.repeat_interleave(samples, 0), starts, chunk, u).view(x.size(0), samples, -1)
+    if own == "dense":
+        return None
+    call = lambda tokens, **options: functional_call(learner, theta, (tokens,), options)
+    starts = torch.arange(1, block_size + 1, chunk, device=x.device)
+    u = u.flatten(0, 1).unflatten(1, (len(starts), chunk))
+    return rollout(call, x.repeat_interleave(samples, 0), starts, chunk, u).view(x.size(0), samples, -1)
+
+
+def speak(learner, theta, x, u):
+    """(y, p): what the learner says and its distribution there, [B, R, T, V] at each own token, or [B, T, V]."""
+    y = write(learner, theta, x, u)
     return y, log_p(learner, theta, x, y).exp()
 
 
@@ -208,9 +211,9 @@ def signal(critic, phi, w, seen, said):
 # ----------------------------------------------------------------------------------------------
 # second order, in the order of its equations: pure functions of theta and phi, dicts of tensors by name
 
-def inner_loss(learner, theta, a, x, y, **options):
+def inner_loss(a, logp):
     """L = −Σ_v a(v) log p_θ(v), nats, mean over own positions."""
-    return -(a * log_p(learner, theta, x, y, **options)).sum(-1).mean()
+    return -(a * logp).sum(-1).mean()
 
 
 def cross_entropy(learner, theta, w, every=1, **options):
@@ -228,13 +231,18 @@ def add(a, b, scale=1.0):
 
 
 def inner_gradient(nets, theta, phi, batch, u, average):
-    """(what the learner says, a, g = ∇_θ L averaged over ranks, L). batch: (w, seen); u: see `speak`."""
+    """(what the learner says, a, g = ∇_θ L averaged over ranks, L). batch: (w, seen); u: see `write`."""
     (learner, critic), (w, seen) = nets, batch
-    said = speak(learner, theta, w[:, :-1], u)
-    a = signal(critic, phi, w, seen, said)
-    g, loss = grad_and_value(lambda th: inner_loss(learner, th, a, w[:, :-1], said[0]))(theta)
+    y = write(learner, theta, w[:, :-1], u)
+
+    def loss(th):
+        logp = log_p(learner, th, w[:, :-1], y)
+        p = logp.detach().exp()
+        a = signal(critic, phi, w, seen, (y, p))
+        return inner_loss(a, logp), (p, a)
+    g, (loss, (p, a)) = grad_and_value(loss, has_aux=True)(theta)
     average(list(g.values()))
-    return said, a, g, loss
+    return (y, p), a, g, loss
 
 
 def inner_step(theta, g):
@@ -256,32 +264,34 @@ def pull_back(theta, g, lam):
     return w, add(lam, theta, -length * along / size) if rule == "proportional" else lam
 
 
-def mixed_product(nets, theta, phi, batch, said, w, wrt):
-    """∂ ⟨∇_θ L(θ, φ), w⟩ by θ and φ, as a tuple of those of the two that wrt, (1,) or (0, 1), names.
+def mixed_product(nets, theta, phi, batch, y, w, by_theta):
+    """(∂ ⟨∇_θ L(θ, φ), w⟩ by θ, or None unless by_theta; by φ), each by name.
 
-    ⟨∇_θ L, w⟩ = −Σ_v a(v) ℓ̇(v), with ℓ̇ how log p moves along w: by φ it is the derivative of a alone, to first order.
-    By θ it is that of a, for the critic reads p, and of ℓ̇. Forward mode is exact; the difference of two gradients needs
-    first order only, so it runs with any attention kernel. The tokens y are data.
+    ⟨∇_θ L, w⟩ = −Σ_v a(v) ℓ̇(v), with ℓ = log p and ℓ̇ how it moves along w. By φ it is the derivative of a alone, to
+    first order. By θ it is that of ℓ̇, and of a, for the critic reads p: one pull-back of both slopes through (ℓ, ℓ̇).
+    Forward mode is exact; the difference needs first order only, so it runs with any attention kernel. The tokens y
+    are data.
     """
-    (learner, critic), (text, seen), y, x = nets, batch, said[0], batch[0][:, :-1]
+    (learner, critic), (text, seen) = nets, batch
     eps = torch.finfo(dot(w, w).dtype).eps ** (1 / 3) * (dot(theta, theta) / dot(w, w).clamp_min(1e-30)).sqrt()
 
-    def along(f, th, fused=True):
-        """How f moves along w, at th."""
+    def along(th):
+        """(ℓ, ℓ̇) at th."""
+        f = lambda moved, **options: log_p(learner, moved, text[:, :-1], y, **options)
         if mixed == "forward":
-            return jvp(lambda moved: f(moved, fused=False), (th,), (w,))[1]
-        return (f(add(th, w, eps), fused=fused) - f(add(th, w, -eps), fused=fused)) / (2 * eps)
-    moves = along(lambda moved, **options: log_p(learner, moved, x, y, **options), theta)    # ℓ̇
+            return jvp(lambda moved: f(moved, fused=False), (th,), (w,))
+        ahead, behind = f(add(th, w, eps)), f(add(th, w, -eps))
+        return (ahead + behind) / 2, (ahead - behind) / (2 * eps)
 
-    def heard(th, ph):
-        read = (y, log_p(learner, th, x, y).exp()) if 0 in wrt else said
-        return -(signal(critic, ph, text, seen, read) * moves).sum(-1).mean()
-    parts = grad(heard, wrt)(theta, phi)
-    if 0 in wrt:
-        a = signal(critic, phi, text, seen, said)
-        spoken = lambda moved, **options: inner_loss(learner, moved, a, x, y, **options)
-        parts = add(parts[0], grad(lambda th: along(spoken, th))(theta)), parts[1]
-    return parts
+    def heard(logp, ph):
+        a = signal(critic, ph, text, seen, (y, logp.exp()))
+        return inner_loss(a, moves), a
+    if not by_theta:
+        logp, moves = along(theta)
+        return None, grad(heard, 1, has_aux=True)(logp, phi)[0]
+    (logp, moves), pull = vjp(along, theta)
+    (by_logp, by_phi), a = grad(heard, (0, 1), has_aux=True)(logp, phi)
+    return pull((by_logp, -a * vocab / a.numel()))[0], by_phi
 
 
 def meta_step(nets, theta, phi, batches, chances, outer, average):
@@ -292,10 +302,10 @@ def meta_step(nets, theta, phi, batches, chances, outer, average):
     compute what one does. The average of each rank's own dφ would be another thing.
     """
     trail = []
-    for batch, u in zip(batches, chances):                       # of each step are kept θ_k, g_k and what was said
+    for batch, u in zip(batches, chances):                       # of each step are kept θ_k, g_k and the own tokens
         said, a, g, inner = inner_gradient(nets, theta, phi, batch, u, average)
         heard = heard if trail else (said, a, g, inner)
-        trail.append((theta, g, batch, said))
+        trail.append((theta, g, batch, said[0]))
         theta = inner_step(theta, g)
     if mixed == "graph":
         dphi, loss = grad_and_value(unrolled, 2)(nets, trail[0][0], phi, trail, outer)
@@ -303,22 +313,22 @@ def meta_step(nets, theta, phi, batches, chances, outer, average):
     lam, loss = grad_and_value(lambda th: cross_entropy(nets[0], th, outer))(theta)          # λ = ∇O(θ_S)
     average(list(lam.values()))
     dphi = {n: torch.zeros_like(p) for n, p in phi.items()}
-    for k, (before, g, batch, said) in reversed(list(enumerate(trail))):
+    for k, (before, g, batch, y) in reversed(list(enumerate(trail))):
         w, lam = pull_back(before, g, lam)
-        *by_theta, by_phi = mixed_product(nets, before, phi, batch, said, w, (0, 1) if k else (1,))
-        average([t for part in (*by_theta, by_phi) for t in part.values()])
+        by_theta, by_phi = mixed_product(nets, before, phi, batch, y, w, k > 0)
+        average([*by_phi.values(), *(by_theta or {}).values()])
         dphi = add(dphi, by_phi)                                 # dφ += ∂_φ ⟨∇_θ L(θ_k, φ), w⟩
-        lam = add(lam, by_theta[0]) if k else lam                # λ  += ∂_θ ⟨∇_θ L(θ_k, φ), w⟩
+        lam = add(lam, by_theta) if by_theta else lam            # λ  += ∂_θ ⟨∇_θ L(θ_k, φ), w⟩
     return dphi, loss, theta, heard
 
 
 def unrolled(nets, theta, phi, trail, outer):
     """O(θ_S) as one function of φ, for the textbook's derivative: the whole unroll is kept as a graph. One rank only."""
     learner, critic = nets
-    for _, _, (w, seen), said in trail:
-        y, p = said[0], log_p(learner, theta, w[:, :-1], said[0], fused=False).exp()
-        a = signal(critic, phi, w, seen, (y, p))
-        g = grad(lambda th: inner_loss(learner, th, a, w[:, :-1], y, fused=False))(theta)
+    for _, _, (w, seen), y in trail:
+        x = w[:, :-1]
+        a = signal(critic, phi, w, seen, (y, log_p(learner, theta, x, y, fused=False).exp()))
+        g = grad(lambda th: inner_loss(a, log_p(learner, th, x, y, fused=False)))(theta)
         theta = inner_step(theta, g)
     return cross_entropy(learner, theta, outer, fused=False)
 

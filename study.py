@@ -104,7 +104,7 @@ STUDIES = {
         "synonyms": f"{SYNONYMS} --meta_steps=430 --arms=real,frozen,self,ema,shuffled",
         "synonyms-by-hand": f"{SYNONYMS} --meta_steps=30 --kappa=7 --arms=real,frozen",
         "chunk-4": f"{CHUNKS} --arms=real,first,frozen",
-        "chunk-4-by-hand": f"{CHUNKS} --meta_steps=400 --kappa=7 --arms=real,frozen",
+        "chunk-4-by-hand": f"{CHUNKS} --meta_steps=400 --kappa=7 --arms=real,first,frozen",
         "synonyms-10000": f"{SYNONYMS} --meta_steps=430 --arms=real,frozen --train_tokens=10000",
         "synonyms-10000-by-hand": f"{SYNONYMS} --meta_steps=30 --kappa=7 --arms=real,frozen --train_tokens=10000",
         "spellings": f"{SPELLINGS} --meta_steps=650 --arms=real,frozen",
@@ -118,7 +118,10 @@ STUDIES = {
         **{f"facts-{c}": f"--dataset=planted-facts --val_chunks={c} --arms=real,frozen"
            for c in ("random", "next", "similar")},
         "facts-by-hand": "--dataset=planted-facts --meta_steps=400 --kappa=7 --arms=real,frozen",
-        "chunk-4-sharp": f"{CHUNKS} --kappa=7 --arms=real,frozen",
+        "chunk-4-sharp": f"{CHUNKS} --kappa=7 --arms=real,first,frozen",
+        # chunks written alone, where own text may mean what the truth does in other words
+        "synonyms-chunk": f"{SYNONYMS} {CHUNKS} --meta_steps=430 --arms=real,first,frozen",
+        "synonyms-chunk-by-hand": f"{SYNONYMS} {CHUNKS} --meta_steps=30 --kappa=7 --arms=real,first,frozen",
     }, (1, 2, 3, 4, 5)),
     # Other forms of stage 3, one seed each.
     "3-forms": ("meta_gist.py", {

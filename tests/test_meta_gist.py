@@ -119,7 +119,7 @@ def test_the_three_mixed_products_and_finite_differences_of_the_whole_unroll_agr
     said, th = [], theta  # the words are drawn once: where they jump there is no derivative
     for batch, u in zip(batches, chances):
         spoken, _, g, _ = meta_gist.inner_gradient(nets, th, phi, batch, u, lambda tensors: None)
-        said.append((None, g, batch, spoken))
+        said.append((None, g, batch, spoken[0]))
         th = meta_gist.inner_step(th, g)
     assert distance(th, moved) == 0 and judged == meta_gist.cross_entropy(nets[0], moved, outer)
     after = lambda ph: meta_gist.unrolled(nets, theta, ph, said, outer)
