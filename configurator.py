@@ -535,6 +535,22 @@ def read_meta_phase(folder, stage, device, settings, self_phase, corpus):
     return other["meta"], other["snapshot"]
 
 
+def read_bottleneck(folder, device, corpus, **alike):
+    """(settings, weights) of the model that a finished meta phase of gist_bottleneck.py left in `folder`.
+
+    corpus: its identity, see `corpus_id`. alike: settings that must be the same there. Refuses what is otherwise.
+    """
+    other = read_checkpoint(folder, "gist_bottleneck", device)
+    if other["snapshot"] is None:
+        refuse(f"critic_from={folder!r} has not finished its meta phase")
+    if other["corpus"] != corpus:
+        refuse(f"critic_from={folder!r} was trained on another corpus or tokenizer")
+    for name, value in alike.items():
+        if other["config"][name] != value:
+            refuse(f"{name}={value!r} differs from {other['config'][name]!r}, that of critic_from={folder!r}")
+    return other["config"], other["snapshot"]["learner"]
+
+
 def keep_saved(settings, given, saved, folder):
     """The settings of the run in `folder`, with what was given now where it may differ; refuses where it may not."""
     for name in settings:

@@ -24,10 +24,12 @@ Self phase: after every true prefix the learner p writes own spans y (the likeli
 critic reads each, and the true span x, in that prefix, and gives their gists g. With d the distance of two gists:
 
     logscore    -sum_w K(x, w) log sum_v p_v K(v, w),  K(v, w) = softmax_w(-d^2(v, w) / tau)        proper
+    praise      -sum_v a(v) log p_v,  a(v) = K(x, v) - sum_w p_w K(w, v), held fixed        zero at the true distribution
     energy      E d(y, x) - E d(y, y') / 2                                                         proper
     plain       E d(y, x)                                       lowest on the most typical text: improper
 
-No gradient reaches the gist of the truth. "None of these M" is an outcome of its own in the first path (`exact`).
+No gradient reaches the gist of the truth. "None of these M" is an outcome of its own in the first path (`exact`). In
+the arm `forecast` what the critic expects after a span stands for its gist: alike is what has the same future.
 """
 import copy
 import math
@@ -41,7 +43,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, grad, grad_and_value, jvp
 
-from configurator import chosen_arms, configure, read_meta_phase, refuse
+from configurator import chosen_arms, configure, read_bottleneck, read_meta_phase, refuse
 from model import GIST, GPT, TRUE, GPTConfig, adamw, bottleneck_mask, sample_tokens
 from plot import draw_runs
 from prepare_data import corpus_id, decode, get_batch, open_corpus, prepare, val_windows
@@ -63,9 +65,10 @@ rank = 0                # principal directions of the gists that are kept; 0 is 
 span = 1                # own tokens after each true prefix; with span = chunk every chunk is written anew
 every = 2               # own spans begin after every so many prefixes, others at each step
 candidates = 8          # own spans at each prefix: the likeliest tokens, or samples
-path = "exact"          # "exact" | "reinforce" | "straight_through" | "soft": how the gradient reaches own tokens
-distance = "logscore"   # "logscore" | "energy" | "plain": the loss over distances, see above
+path = "exact"          # "exact" | "reinforce": the expectation over the likeliest tokens, or samples and their score
+distance = "logscore"   # "logscore" | "praise" | "energy" | "plain": the loss over distances, see above
 tau = 0.1               # what counts as alike, where two own spans at one prefix are at d^2 = 1 on average
+critic_from = ""        # the folder of a run whose model is the critic, of any size; "" is a copy of the learner
 ema_decay = 0.999       # arm ema: the critic's weights are this share old, the rest the learner's, each step
 order = 1               # 1: the bottleneck alone makes the gists; 2: then also how much a step on their distance helps
 order_steps = 100       # order 2: steps of the critic, after the bottleneck's
@@ -100,11 +103,11 @@ start = ""              # the folder of a run whose finished meta phase to start
 prompt = ""             # a text file: at the end, continue it from its full text and from its gists alone
 wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Biases
 
-ARMS = ("self", "frozen", "ema", "real", "shuffled", "sharpen", "static", "random")
+ARMS = ("self", "frozen", "ema", "real", "shuffled", "sharpen", "forecast", "static", "random")
 CONTROLS = ("full", "none", "pool")
 # Settings that the meta phase does not read: with `start`, the others must be those of the run started from.
 SELF_PHASE = ("arms", "self_steps", "hack_margin", "rank", "span", "every", "candidates", "path", "distance", "tau",
-              "ema_decay", "order", "order_steps", "inner_length", "critic_rate", "eval_interval",
+              "critic_from", "ema_decay", "order", "order_steps", "inner_length", "critic_rate", "eval_interval",
               "eval_windows", "save_interval", "device", "compile", "out_dir", "resume", "start", "prompt", "wandb_log")
 # Independent streams of data and of random numbers.
 TEXT, FOREIGN, CHANCE, RULER, PROBE, TABLE, INNER, OUTER = range(8)
@@ -202,13 +205,15 @@ class Critic(NamedTuple):
     model: nn.Module | None
     table: torch.Tensor | None  # float [V, D]
     whiten: torch.Tensor | None  # float [D, K]: principal directions, scaled
+    forecast: bool = False      # the gist of a span is what the model expects after it, log probabilities
 
 
 def past_of(critic, lay, x):
     """What the critic keeps of the true text x, int [B, T], for spans to be read after any prefix of it."""
     cache = {}
     if critic.model:
-        read(critic.model, lay, x, cache=cache, residual=n_layer - 1, read=lay.text[:1])
+        last = None if critic.forecast else len(critic.model.blocks) - 1
+        read(critic.model, lay, x, cache=cache, residual=last, read=lay.text[:1])
     return cache
 
 
@@ -223,19 +228,21 @@ def near_past(lay, starts):
 def gists(critic, lay, past, starts, spans):
     """float [B, N, M, K]: the gists of M spans at each of N starts.
 
-    spans: tokens, int [B, N, M, s], or with soft tokens their embeddings [B, N, M, s, C]. A branch for each span reads
-    it and the gist tokens behind it, in the true past before its start; only the gist tokens are read out.
+    spans: tokens, int [B, N, M, s]. A branch for each span reads it and the gist tokens behind it, in the true past
+    before its start; only the gist tokens are read out. A forecast is read at the span's last token.
     """
-    B, N, M, s = spans.shape[:4]
+    B, N, M, s = spans.shape
     if critic.table is not None:
-        g = (spans if spans.is_floating_point() else critic.table[spans]).flatten(3)
+        g = critic.table[spans].flatten(3)
+    elif critic.forecast:
+        g = critic.model(spans, starts[:, None] + torch.arange(s, device=spans.device), near_past(lay, starts),
+                         read=slice(s - 1, None), cache=dict(past)).log_softmax(-1).flatten(3)
+        g = g - g.mean(-1, keepdim=True)
     else:
         ids = torch.arange(vocab, vocab + n_gist, device=spans.device).expand(B, N, M, n_gist)
-        if spans.is_floating_point():
-            ids = critic.model.embed(ids)
         offset = torch.cat((torch.arange(s), torch.full((n_gist,), s - 1))).to(spans.device)
         g = critic.model(torch.cat((spans, ids), 3), starts[:, None] + offset, near_past(lay, starts),
-                         read=slice(s, None), cache=dict(past), residual=n_layer - 1).flatten(3)
+                         read=slice(s, None), cache=dict(past), residual=len(critic.model.blocks) - 1).flatten(3)
     with torch.autocast(g.device.type, enabled=False):  # distances need more digits than bfloat16 has
         g = g.to(lay.blend.dtype)
         return g if critic.whiten is None else g @ critic.whiten
@@ -256,7 +263,7 @@ def effective_rank(values):
     return torch.special.entr(share).sum().exp().item()
 
 
-def whitening(run, g, keep):
+def whitening(run, g, keep, level=True):
     """(matrix [D, K], effective rank): whitens how gists g [B, N, M, D] of one prefix differ, on the `keep` largest
     directions (0: all), and scales such that two of them are at squared distance 1 on average."""
     off = (g - g.mean(2, keepdim=True)).flatten(0, 2)
@@ -266,7 +273,8 @@ def whitening(run, g, keep):
     kept = values > 1e-5 * values[-1]
     kept &= torch.arange(len(values), device=g.device) >= len(values) - (keep or len(values))
     M = g.size(2)
-    return vectors[:, kept] / (2 * M / (M - 1) * kept.sum() * values[kept]).sqrt(), effective_rank(values)
+    size = kept.sum() * values[kept] if level else values[kept].sum()
+    return vectors[:, kept] / (2 * M / (M - 1) * size).sqrt(), effective_rank(values)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -296,7 +304,7 @@ def target_mass(d2):
     """
     nearest, which = d2[..., -1, :-1].min(-1)
     row = kernel(d2[..., :-1, :-1]).gather(-2, which[..., None, None].expand(*which.shape, 1, d2.size(-1) - 1))[..., 0, :]
-    met = (nearest < 1e-4).unsqueeze(-1)
+    met = (nearest < 0.01 * tau).unsqueeze(-1)  # the kernel cannot tell them apart
     return torch.cat((row * met, (~met).to(row.dtype)), -1)
 
 
@@ -310,6 +318,10 @@ def exact_loss(logp, d2, target):
         said = (p[..., :-1, None] * kernel(d2[..., :-1, :-1])).sum(-2)
         said = torch.cat((said.clamp_min(1e-12).log(), logp[..., -1:]), -1)
         return -(target * said).sum(-1)
+    if distance == "praise":
+        p = p.detach()
+        expected = torch.cat(((p[..., :-1, None] * kernel(d2[..., :-1, :-1])).sum(-2), p[..., -1:]), -1)
+        return -((target - expected) * logp).sum(-1)
     d = (d2 + 1e-12).sqrt()
     to_truth = (p[..., :-1] * d[..., -1, :-1]).sum(-1) + p[..., -1]
     if distance == "plain":
@@ -373,20 +385,6 @@ def write_spans(learner, lay, past, logits, starts, u):
     return spans, logp
 
 
-def soft_gists(critic, lay, past, starts, logits, u):
-    """(own tokens [B, N, M, 1], gists [B, N, M, K] through which a gradient reaches the logits [B, N, V]).
-
-    "soft": the mean embedding, M = 1. "straight_through": the embedding of a sample, with the gradient of the mean.
-    """
-    p, M = logits.softmax(-1), 1 if path == "soft" else u.size(2)
-    own = sample_tokens(logits.unsqueeze(2).expand(-1, -1, M, -1), u[:, :, :M, 0])
-    weights = p.unsqueeze(2).expand(-1, -1, M, -1)
-    if path == "straight_through":
-        weights = weights + (F.one_hot(own, vocab) - weights).detach()
-    table = critic.model.embed.weight[:vocab] if critic.model else critic.table
-    return own.unsqueeze(-1), gists(critic, lay, past, starts, (weights @ table).unsqueeze(3))
-
-
 def self_loss(arm, step, learner, critic, lay, w, foreign, u, tally=None):
     """Distance of own and true gists, in mean over prefixes: what an arm trains on. No real token is a target.
 
@@ -402,10 +400,8 @@ def self_loss(arm, step, learner, critic, lay, w, foreign, u, tally=None):
         world = past_of(critic, lay, x)
     if path == "exact":
         own, logp = likeliest(said)
-    elif path == "reinforce":
-        own, logp = write_spans(learner, lay, past, said, starts, u)
     else:
-        own, own_gists = soft_gists(critic, lay, world, starts, said, u)
+        own, logp = write_spans(learner, lay, past, said, starts, u)
     seen = said.argmax(-1)[..., None] if arm == "sharpen" else seen
     with torch.no_grad():
         g = gists(critic, lay, world, starts, torch.cat((own, seen.unsqueeze(2)), 2))
@@ -413,12 +409,10 @@ def self_loss(arm, step, learner, critic, lay, w, foreign, u, tally=None):
     target = target_mass(d2)
     if path == "exact":
         loss = exact_loss(logp, d2, target).mean()
-    elif path == "reinforce":
+    else:
         value, weight = sampled_loss(d2)
         loss = (weight * logp).mean()
         loss = loss + (value.mean() - loss).detach()
-    else:
-        loss = sampled_loss(squared_distances(torch.cat((own_gists, g[:, :, -1:]), 2)))[0].mean()
     if tally is not None:
         note_step(tally, loss, logits, x, own, target, observed(x, starts), said)
     return loss
@@ -560,10 +554,7 @@ def take_step(run, model, optimizer, loss, tally=None):
 
 @torch.no_grad()
 def follow(judge, learner, decay):
-    """The critic is the learner's moving average, critic <- decay * critic + (1 - decay) * learner; at 0 the learner.
-
-    It is a copy all the same: on the soft paths the signal's gradient would otherwise move the critic to please itself.
-    """
+    """The critic is the learner's moving average, critic <- decay * critic + (1 - decay) * learner; at 0 the learner."""
     torch._foreach_lerp_(list(judge.parameters()), list(learner.parameters()), 1 - decay)
 
 
@@ -592,7 +583,7 @@ def train_critic(run, corpus, snapshot, learner, critic, lay):
 def make_critics(run, corpus, lay, learner, judge):
     """(the Critics of the arms by kind, their effective rank before whitening): contextual, static and random ones.
 
-    static: the learner's token embeddings. random: as many random numbers for each token as the gists keep directions.
+    static: the critic's token embeddings. random: as many random numbers for each token as the gists keep directions.
     What the learner's own spans at fresh prefixes differ in sets the scale of each.
     """
     x = text(run, corpus, 0, RULER)[:, :-1]
@@ -601,14 +592,16 @@ def make_critics(run, corpus, lay, learner, judge):
     own = likeliest(logits)[0] if path == "exact" else write_spans(learner, lay, past, logits, starts, u[:, starts])[0]
 
     def whitened(critic, keep):
-        matrix, found = whitening(run, gists(critic, lay, past_of(critic, lay, x), starts, own), keep)
+        g = gists(critic, lay, past_of(critic, lay, x), starts, own)
+        matrix, found = whitening(run, g, keep, level=not critic.forecast)
         return critic._replace(whiten=matrix), found
 
     contextual, found = whitened(Critic(judge, None, None), rank)
     K = contextual.whiten.size(1)
     numbers = np.random.default_rng([seed, TABLE]).standard_normal((vocab, max(1, round(K / span))), dtype=np.float32)
     static = F.normalize(judge.embed.weight[:vocab].detach(), dim=-1)
-    return dict(contextual=contextual, static=whitened(Critic(None, static, None), rank)[0],
+    return dict(contextual=contextual, forecast=whitened(Critic(judge, None, None, True), rank)[0],
+                static=whitened(Critic(None, static, None), rank)[0],
                 random=whitened(Critic(None, torch.from_numpy(numbers).to(static), None), 0)[0]), found
 
 
@@ -779,19 +772,16 @@ def check():
         refuse(f"order={order} must be 1 (the bottleneck alone) or 2 (and second order)")
     if order == 2 and path != "exact":
         refuse(f"path={path!r} has no second order here: it goes with path='exact'")
-    if path == "soft" and distance != "plain":
-        refuse(f"distance={distance!r} needs several own spans, and path='soft' has one mean of all; use "
-               "--distance=plain or --path=straight_through")
-    if path == "straight_through" and distance == "logscore":
-        refuse("distance='logscore' goes with path='exact' or 'reinforce'; use --distance=energy")
+    if path == "reinforce" and distance == "praise":
+        refuse("distance='praise' goes with path='exact'; use --distance=logscore")
     if not 2 <= candidates <= (vocab - 1 if path == "exact" else 10**6):
         refuse(f"candidates={candidates} must be 2 or more" + (f", and below vocab={vocab}" if path == "exact" else ""))
     if not tau > 0:
         refuse(f"tau={tau} must be above 0")
     if ema_decay >= 1:
         refuse(f"ema_decay={ema_decay} must be below 1: it is the share of the old weights that stays")
-    if rank > n_gist * n_embd:
-        refuse(f"rank={rank} must be at most n_gist * n_embd = {n_gist * n_embd}")
+    if critic_from and {"self", "ema"} & set(names):
+        refuse("arms 'self' and 'ema' have the learner for a critic; leave them out with critic_from")
     if prompt and not (Path(prompt).is_file() and Path(prompt).stat().st_size):
         refuse(f"prompt={prompt!r} is no file with text in it")
     if prompt and "full" not in masks:
@@ -811,14 +801,22 @@ def main():
         if len(tokens) <= block_size:
             refuse(f"block_size={block_size} must be below the {len(tokens)} tokens of the {split} split")
 
+    theirs, critic_weights = run.settings, None
+    if critic_from:
+        theirs, critic_weights = read_bottleneck(critic_from, run.device, corpus_id(corpus), vocab=vocab, chunk=chunk,
+                                                 n_gist=n_gist, place=place)
+    if rank > n_gist * theirs["n_embd"]:
+        refuse(f"rank={rank} must be at most n_gist * n_embd = {n_gist * theirs['n_embd']} of the critic")
     lay = layout(block_size, run.device, run.weight_dtype)
+    new = lambda c: GPT(GPTConfig(vocab, n_gist + 1, c["n_layer"], c["n_head"], c["n_embd"])).to(
+        run.device, run.weight_dtype)
     models, optimizers = {}, {}
     for how in masks:
         torch.manual_seed(seed)
-        models[how] = GPT(GPTConfig(vocab, n_gist + 1, n_layer, n_head, n_embd)).to(run.device, run.weight_dtype)
+        models[how] = new(run.settings)
         optimizers[how] = adamw(models[how], learning_rate)
     learner, optimizer, watch = models["gist"], optimizers["gist"], Watch()
-    judge, *before = (copy.deepcopy(learner).requires_grad_(False) for _ in range(3))  # the critic; both as they were
+    judge, *before = (new(c).requires_grad_(False) for c in (theirs, run.settings, theirs))  # critic; both as they were
     parts = dict(learner=learner, judge=judge, optimizer=optimizer, watch=watch)
     meta_parts = {**parts, **{f"model_{how}": models[how] for how in masks},
                   **{f"optimizer_{how}": optimizers[how] for how in masks}}
@@ -882,15 +880,16 @@ def main():
     snapshot = at["snapshot"]
     critics = {}
     if names:
-        for model in before:
-            model.load_state_dict(snapshot["learner"])
+        for model, state in zip(before, (None, critic_weights)):
+            model.load_state_dict(state or snapshot["learner"])
         critics, found = make_critics(run, corpus, lay, *before)
         at["directions"] = critics["contextual"].whiten.size(1)
         run.say(f"the gists keep {at['directions']} directions, whitened; before that they fill {found:.1f}")
         if at["critic"] is None and order == 2:  # an interrupted run does these steps again
             at["critic"], at["gain"] = train_critic(run, corpus, snapshot, learner, critics["contextual"], lay)
-        at["critic"] = at["critic"] or snapshot["learner"]
+        at["critic"] = at["critic"] or critic_weights or snapshot["learner"]
         critics["contextual"] = critics["contextual"]._replace(model=judge)
+        critics["forecast"] = critics["forecast"]._replace(model=judge)
         before[1].load_state_dict(at["critic"])
     for arm in names:
         kind = arm if arm in critics else "contextual"

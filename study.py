@@ -33,6 +33,11 @@ SMALL = ("--n_layer=1 --n_head=2 --block_size=16 --batch_size=64 --outer_batch=2
 SYNONYMS = f"--dataset=planted-synonyms --vocab=256 --train_tokens=40000 --pretrain=30 {SMALL}"
 SPELLINGS = f"--dataset=plays-spellings --vocab=1024 --train_tokens=100000 --pretrain=50 --pool_steps=400 {SMALL}"
 CHUNKS = "--own=rollout --chunk=4 --n_gist=4"
+MEANING = ("--dataset=planted-synonyms --vocab=128 --n_layer=2 --n_embd=64 --block_size=32 --controls= "
+           "--eval_windows=256")
+LITTLE = (f"{MEANING} --train_tokens=5000 --meta_steps=60 --batch_size=16 --learning_rate=3e-3 --candidates=32 --every=1 "
+          "--self_learning_rate=1e-3 --self_steps=200 --eval_interval=20")
+READER = "--critic_from={out}/study-2-meaning/critic/{seed}"
 SHARE = "--arms= --controls=full,none"
 
 # study: (script, {name of a point: settings that differ from the script's}, seeds)
@@ -88,7 +93,10 @@ STUDIES = {
         "tau-.5": f"{GISTS} --tau=0.5",
         "rank-4": f"{GISTS} --rank=4",
         "span-4": f"{GISTS} --span=4 --path=reinforce --distance=energy",
-        "soft": f"{GISTS} --path=soft --distance=plain",
+        "praise": f"{GISTS},forecast --distance=praise",
+        "forecast": "--start={out}/study-2/base/{seed} --arms=forecast",
+        "forecast-tau-.5": "--start={out}/study-2/base/{seed} --arms=forecast --tau=0.5",
+        "forecast-rank-4": "--start={out}/study-2/base/{seed} --arms=forecast --rank=4",
         "share-8": f"{SHARE} --chunk=8",
         "share-16": f"{SHARE} --chunk=16",
         "share-4-pool": f"{SHARE},pool",
@@ -97,6 +105,13 @@ STUDIES = {
         "span-2": f"{GISTS} --span=2 --path=reinforce --distance=energy",
         "share-4-spread": f"{SHARE} --n_gist=2 --place=spread",
         "share-4-reconstruct": f"{SHARE} --reconstruct=0.1",
+    }, (1, 2, 3, 4, 5)),
+    # Where forgetting helps: text full of synonyms, little of it, and a critic that has read more.
+    "2-meaning": ("gist_bottleneck.py", {
+        "critic": f"{MEANING} --meta_steps=2500 --batch_size=32 --learning_rate=6e-3 --arms= --eval_interval=100",
+        "praise": f"{LITTLE} {READER} --distance=praise --arms=real,frozen,forecast,static,random",
+        "logscore": f"{LITTLE} {READER} --start={{out}}/study-2-meaning/praise/{{seed}} --arms=frozen,forecast,random",
+        "own": f"{LITTLE} --start={{out}}/study-2-meaning/praise/{{seed}} --distance=praise --arms=frozen,forecast",
     }, (1, 2, 3, 4, 5)),
     # Second order: a critic that starts broad and random, and the same left so, or sharpened by hand.
     "3": ("meta_gist.py", {
@@ -177,7 +192,8 @@ def ready(folder, command):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 return False
-    return all(finished(Path(str(word)[8:])) for word in command if str(word).startswith("--start="))
+    return all(finished(Path(str(word).split("=")[1])) for word in command
+               if str(word).startswith(("--start=", "--critic_from=")))
 
 
 def launch(folder, command):

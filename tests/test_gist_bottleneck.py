@@ -110,6 +110,20 @@ def test_gists_of_own_spans_equal_a_masked_forward_of_each(tiny, monkeypatch, pl
             assert torch.allclose(got[b, n, m].double(), want, atol=1e-6)
 
 
+def test_a_forecast_is_what_a_full_forward_expects_after_the_span(tiny, monkeypatch):
+    monkeypatch.setattr(gb, "span", 2)
+    lay, x = gb.layout(12, "cpu"), torch.randint(0, 7, (2, 12))
+    starts, critic = gb.starts_of("cpu"), gb.Critic(tiny, None, None, forecast=True)
+    spans = torch.randint(0, 7, (2, len(starts), 3, 2))
+    got = gb.gists(critic, lay, gb.past_of(critic, lay, x), starts, spans)
+    for n, s in enumerate(starts.tolist()):
+        for b, m in itertools.product(range(2), range(3)):
+            text = x[b].clone()
+            text[s:s + 2] = spans[b, n, m]
+            want = gb.read(tiny, lay, text[None])[0, s + 1].log_softmax(-1)
+            assert torch.allclose(got[b, n, m].double(), want - want.mean(), atol=1e-5)
+
+
 def test_spans_written_from_caches_equal_naive_writing(tiny, monkeypatch):
     """Sampled tokens and their log probabilities, against full forwards of true prefix and own tokens."""
     monkeypatch.setattr(gb, "span", 3)
@@ -190,6 +204,21 @@ def test_proper_scores_are_lowest_at_the_true_distribution(monkeypatch, distance
         for seed in range(20):
             other = true.log() + 0.5 * torch.randn(5, generator=torch.Generator().manual_seed(seed)).double()
             assert expected_loss(other, d2, true) > at_truth
+
+
+def test_praise_vanishes_at_the_true_distribution_and_spreads_over_what_is_alike(monkeypatch):
+    monkeypatch.setattr(gb, "distance", "praise")
+    monkeypatch.setattr(gb, "tau", 0.3)
+    d2, true = toy(5)
+    true = true / true.sum()
+    slope = lambda logits: torch.autograd.grad(expected_loss(logits, d2, true), logits)[0]
+    assert slope(true.log().requires_grad_()).abs().max() < 1e-12
+    assert slope(torch.zeros(5).double().requires_grad_()).abs().max() > 1e-3
+    # two tokens at distance 0 are praised alike, whichever of them was observed
+    point = torch.tensor([[0.0, 0], [0, 0], [3, 0], [0, 0]]).double()  # three own spans, and the truth
+    d2, logp = gb.squared_distances(point), torch.tensor([0.1, 0.5, 0.3, 0.1]).double().log().requires_grad_()
+    a = -torch.autograd.grad(gb.exact_loss(logp, d2, gb.target_mass(d2)), logp)[0]
+    assert torch.allclose(a, torch.tensor([0.2, 0.2, -0.3, -0.1]).double(), atol=1e-6)
 
 
 def test_an_outcome_that_no_own_span_meets_counts_as_none_of_them(monkeypatch):
@@ -308,8 +337,36 @@ def test_the_script_runs_on_the_plays_and_goes_on_bit_for_bit(tmp_path, monkeypa
     assert again["arms"] == summary["arms"]
 
 
+def test_a_critic_of_another_size_judges_and_its_run_goes_on_bit_for_bit(tmp_path, monkeypatch, capsys):
+    in_process(monkeypatch, *SMALL, "--arms=", "--n_layer=3", "--n_embd=16", f"--out_dir={tmp_path}/critic")
+    settings = [*SMALL, "--distance=praise", "--arms=real,frozen,forecast", f"--critic_from={tmp_path}/critic"]
+    in_process(monkeypatch, *settings, f"--out_dir={tmp_path}/whole")
+    from configurator import Run
+    original = Run.checkpoint
+
+    def checkpoint(self, step, at, tally, **parts):
+        if at["arm"] == "forecast" and step == 3:
+            self.stop_signal = signal.SIGTERM
+        return original(self, step, at, tally, **parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "checkpoint", checkpoint)
+        with pytest.raises(SystemExit):
+            in_process(monkeypatch, *settings, f"--out_dir={tmp_path}/cut")
+    in_process(monkeypatch, f"--resume={tmp_path}/cut")
+    assert log(tmp_path / "cut") == log(tmp_path / "whole")
+    judge = torch.load(tmp_path / "whole/ckpt.pt", weights_only=True)["judge"]
+    theirs = torch.load(tmp_path / "critic/ckpt.pt", weights_only=True)["snapshot"]["learner"]
+    assert all(torch.equal(judge[k], theirs[k]) for k in theirs)
+    for wrong, says in (("--chunk=2", "chunk=2 differs from 4"),
+                        ("--rank=17", "rank=17 must be at most n_gist * n_embd = 16")):
+        with pytest.raises(SystemExit):
+            in_process(monkeypatch, *settings, wrong, f"--out_dir={tmp_path}/none")
+        assert says in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
 def test_two_ranks_compute_what_one_does(tmp_path):
-    settings = [*SMALL, "--dtype=float64", "--arms=real,frozen,shuffled", "--save_interval=100"]
+    settings = [*SMALL, "--dtype=float64", "--arms=real,frozen,shuffled,forecast", "--save_interval=100"]
     for ranks in (1, 2):
         done = launch(*settings, f"--out_dir={tmp_path}/{ranks}", ranks=ranks)
         assert done.returncode == 0, done.stdout
@@ -318,7 +375,7 @@ def test_two_ranks_compute_what_one_does(tmp_path):
 
 
 @pytest.mark.parametrize("path, distance, span", [("reinforce", "energy", 4), ("reinforce", "logscore", 2),
-                                                  ("straight_through", "energy", 1), ("soft", "plain", 1)])
+                                                  ("exact", "praise", 1)])
 def test_every_path_trains(tiny, monkeypatch, path, distance, span):
     """A gradient reaches the learner's own tokens through each path."""
     for name, value in dict(path=path, distance=distance, span=span).items():
@@ -341,7 +398,9 @@ def test_every_path_trains(tiny, monkeypatch, path, distance, span):
     (["--n_layer=1"], "n_layer=1 must be 2 or more"),
     (["--candidates=1"], "candidates=1 must be 2 or more"),
     (["--prompt=nowhere.txt"], "prompt='nowhere.txt' is no file"),
-    (["--path=soft"], "use --distance=plain"),
+    (["--path=reinforce", "--distance=praise"], "goes with path='exact'"),
+    (["--critic_from=out/other", "--arms=self"], "leave them out with critic_from"),
+    (["--critic_from=nowhere"], "nowhere holds no ckpt.pt"),
     (["--order=2", "--path=reinforce"], "it goes with path='exact'"),
 ])
 def test_what_cannot_be_is_refused_in_one_line(monkeypatch, capsys, tmp_path, arguments, says):
