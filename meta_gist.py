@@ -18,8 +18,8 @@ the gists of its text, a_i, and of the true one, b_i, come apart: exp −η Σ_i
 
 In the code: theta, phi, the signal a, the gradient g, the direction u = g/‖g‖, lam = ∇O(θ′), and w, which is lam pulled
 back through the step. An arm is one self phase: θ moves by g alone. Its critic is φ as the meta phase left it (frozen),
-φ moved as far as the learner has moved since (self) or by a moving average of that (ema). The arm first is real training
-on the first token of each chunk alone: what chunks are worth is what is learned beyond it.
+φ moved as far as the learner has moved since (self) or by a moving average of that (ema). The arms first and frozen_first
+are real and frozen on the first token of each chunk alone: what chunks are worth is what is learned beyond them.
 """
 import copy
 import math
@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad, grad_and_value, jvp, vjp
 
-from configurator import chosen_arms, configure, read_meta_phase, refuse
+from configurator import chosen_arms, configure, read_bottleneck, read_meta_phase, refuse
 from model import GIST, GPT, OWN, OWN_GIST, TRUE, GPTConfig, adamw, attention_mask, rollout, sample_tokens
 from plot import draw_runs
 from prepare_data import (batch_starts, corpus_id, decode, get_batch, open_corpus, planted_answers, prepare, val_windows,
@@ -37,7 +37,7 @@ from prepare_data import (batch_starts, corpus_id, decode, get_batch, open_corpu
 from watch import MEMORY, STREAMS, Gold, Watch, new_track, note, summarise, track_gold, write_report, write_row
 
 # --- experiment
-arms = "real,frozen,self,ema,shuffled,sharpen"  # any of self, frozen, ema, real, first, shuffled, sharpen
+arms = "real,frozen,self,ema,shuffled,sharpen"  # any of these, and first, frozen_first
 meta_steps = 600        # steps of the meta phase: the learner's, then the critic's
 pretrain = 400          # of these, steps of the learner alone, on real text; the rest trains the critic
 self_steps = 500        # steps of each arm, with the critic's signal
@@ -52,6 +52,7 @@ samples = 1             # rollouts for each observation
 zero_mean = True        # subtract what the critic says when it reads own text in the observation's place
 kappa = 1.0             # sharpness that the critic starts with
 eta = 10.0              # distrust of what comes after the texts have parted, that the critic starts with
+critic_from = ""        # the folder of a run of gist_bottleneck.py whose embeddings and blocks the critic starts with
 # --- second order
 inner_steps = 1         # steps that the learner takes before the outer loss judges
 rule = "fixed"          # "fixed" | "proportional" | "sgd": an inner step is as long as length, times ‖θ‖, times ‖g‖
@@ -94,8 +95,9 @@ resume = ""             # the folder of a run to go on with
 start = ""              # the folder of a run whose finished meta phase to start from, instead of one's own
 wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Biases
 
-ARMS = ("self", "frozen", "ema", "real", "first", "shuffled", "sharpen")
-REAL = ("real", "first")  # arms with real targets: all, or of a chunk the first alone, which follows a true prefix
+ARMS = ("self", "frozen", "ema", "real", "first", "frozen_first", "shuffled", "sharpen")
+REAL = ("real", "first")  # arms with real targets
+FIRST = ("first", "frozen_first")  # arms that learn of the first token of a chunk alone, which follows a true prefix
 # Settings that the meta phase does not read: with `start`, the others must be those of the run started from.
 SELF_PHASE = ("arms", "self_steps", "hack_margin", "self_rate", "ema_decay", "eval_interval",
               "eval_windows", "save_interval", "device", "out_dir", "resume", "start", "wandb_log")
@@ -230,8 +232,11 @@ def add(a, b, scale=1.0):
     return {n: a[n] + scale * b[n] for n in a}
 
 
-def inner_gradient(nets, theta, phi, batch, u, average):
-    """(what the learner says, a, g = ∇_θ L averaged over ranks, L). batch: (w, seen); u: see `write`."""
+def inner_gradient(nets, theta, phi, batch, u, average, every=1):
+    """(what the learner says, a, g = ∇_θ L averaged over ranks, L), of each `every`-th own token.
+
+    batch: (w, seen); u: see `write`.
+    """
     (learner, critic), (w, seen) = nets, batch
     y = write(learner, theta, w[:, :-1], u)
 
@@ -239,7 +244,7 @@ def inner_gradient(nets, theta, phi, batch, u, average):
         logp = log_p(learner, th, w[:, :-1], y)
         p = logp.detach().exp()
         a = signal(critic, phi, w, seen, (y, p))
-        return inner_loss(a, logp), (p, a)
+        return inner_loss(a[..., ::every, :], logp[..., ::every, :]), (p, a)
     g, (loss, (p, a)) = grad_and_value(loss, has_aux=True)(theta)
     average(list(g.values()))
     return (y, p), a, g, loss
@@ -518,10 +523,11 @@ def arm_step(run, corpus, arm, nets, optimizer, step, tally):
 
 def signal_or_real(run, arm, nets, theta, batch, u):
     """As `inner_gradient`; for the real arms the gradient is the cross entropy's, and a names the truth."""
+    every = chunk if arm in FIRST else 1
     if arm not in REAL:
-        return inner_gradient(nets, theta, weights(nets[1], read_by(nets[1])), batch, u, run.average)
+        return inner_gradient(nets, theta, weights(nets[1], read_by(nets[1])), batch, u, run.average, every)
     w, seen = batch
-    g, loss = real_gradient(run, nets[0], theta, w, chunk if arm == "first" else 1)
+    g, loss = real_gradient(run, nets[0], theta, w, every)
     said = None, log_p(nets[0], theta, w[:, :-1], None).exp()
     return said, F.one_hot(seen, vocab), g, loss
 
@@ -717,8 +723,8 @@ def check(ranks):
     if own == "dense" and (chunk, n_gist, gist_layer) != (1, 1, 0):
         refuse(f"own='dense' is exact for single tokens: chunk={chunk}, n_gist={n_gist}, gist_layer={gist_layer} must be "
                "1, 1, 0; use --own=rollout")
-    if "first" in names and chunk == 1:
-        refuse("arm 'first' needs a chunk of 2 or more: of single tokens it is the arm 'real'")
+    for arm in set(FIRST) & set(names) if chunk == 1 else ():
+        refuse(f"arm {arm!r} needs a chunk of 2 or more: of single tokens all are the first")
     if chunk < 1 or block_size % chunk:
         refuse(f"chunk={chunk} must divide block_size={block_size}")
     if n_gist < 1 or chunk % n_gist:
@@ -761,6 +767,16 @@ def make_nets(run):
     return tuple(net.to(run.device, run.weight_dtype) for net in (learner, critic))
 
 
+def begin_from_bottleneck(run, critic, corpus):
+    """Gives the critic the embeddings of a model of stage 2, and the blocks that its gists pass through."""
+    theirs, state = read_bottleneck(critic_from, run.device, corpus_id(corpus), vocab=vocab, n_embd=n_embd, n_head=n_head)
+    if theirs["n_layer"] <= gist_layer:
+        refuse(f"gist_layer={gist_layer} must be below n_layer={theirs['n_layer']} of critic_from={critic_from!r}")
+    critic.embed.weight.data[:vocab] = state["embed.weight"][:vocab]
+    blocks = {n: p for n, p in state.items() if n.startswith(tuple(f"blocks.{k}." for k in range(gist_layer)))}
+    critic.load_state_dict(blocks, strict=False)
+
+
 def main():
     run = configure(globals())
     names = run.arms_to_go(check(run.ranks), ARMS)
@@ -774,6 +790,8 @@ def main():
             refuse(f"block_size={block_size} asks for texts of {need} tokens, and the {split} split has {len(tokens)}")
 
     nets = learner, critic = make_nets(run)
+    if critic_from and not (run.resumed or start):
+        begin_from_bottleneck(run, critic, corpus)
     optimizer, watch = adamw(learner, learning_rate), Watch()
     critic_optimizer = torch.optim.Adam([{"params": [p for p in critic.parameters() if p.dim()]},
                                          {"params": [p for p in critic.parameters() if not p.dim()]}])

@@ -18,8 +18,8 @@ import numpy as np
 
 from configurator import FREE_ON_RESUME, refuse
 
-COLOUR = dict(meta="0.6", real="k", first="0.4", frozen="tab:green", ema="tab:blue", self="tab:red", shuffled="tab:purple",
-              sharpen="tab:orange", forecast="tab:olive", static="tab:cyan", random="tab:brown")
+COLOUR = dict(meta="0.6", real="k", first="0.4", frozen="tab:green", frozen_first="tab:olive", ema="tab:blue", self="tab:red",
+              shuffled="tab:purple", sharpen="tab:orange", forecast="tab:pink", static="tab:cyan", random="tab:brown")
 # 97.5 % points of Student's t for n - 1 degrees of freedom, n = 2 to 10; beyond, 1.96 + 2.5 / (n - 1) is within 1 %.
 STUDENT = dict(zip(range(2, 11), (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)))
 NOT_COMPARED = ("seed", "out_dir", "start", *FREE_ON_RESUME)

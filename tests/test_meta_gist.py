@@ -270,6 +270,16 @@ def test_the_arm_first_trains_on_the_first_token_of_each_chunk_alone(settings):
     assert torch.allclose(meta_gist.cross_entropy(nets[0], theta, w), nats.mean())
 
 
+def test_the_arm_frozen_first_reads_the_signal_at_the_first_token_of_each_chunk_alone(settings):
+    nets, theta, phi = small(CHUNKS)
+    (batch,), (u,), _ = what_is_read(1)
+    (y, p), a, g, loss = meta_gist.inner_gradient(nets, theta, phi, batch, u, lambda tensors: None, every=4)
+    logp = lambda th: meta_gist.log_p(nets[0], th, batch[0][:, :-1], y)
+    first = lambda th: -(a * logp(th)).sum(-1)[..., [0, 4]].mean()
+    assert distance(g, torch.func.grad(first)(theta)) < 1e-12 and torch.allclose(loss, first(theta))
+    assert a.shape == p.shape == (2, 2, 8, 13)
+
+
 def test_forward_mode_keeps_its_digits_in_bfloat16_and_the_difference_does_not(settings):
     nets, _, _ = small(dict(DENSE, mixed="forward"))
     for net in nets:
@@ -375,6 +385,22 @@ def test_every_arm_starts_from_the_same_snapshot_and_leaves_what_the_readme_says
     assert log(lent) == [row for row in log(out) if row["arm"] in ("real", "frozen")]
 
 
+def test_a_critic_begins_with_what_the_bottleneck_learned(tmp_path, monkeypatch, capsys):
+    subprocess.run([sys.executable, ROOT / "gist_bottleneck.py", "--meta_steps=2", "--n_layer=2", "--n_head=2", "--n_embd=32",
+                    "--block_size=16", "--eval_windows=4", "--batch_size=4", "--vocab=512", "--arms=", "--controls=",
+                    "--device=cpu", f"--out_dir={tmp_path}/gists"], check=True, stdout=subprocess.DEVNULL)
+    settings = [*SMALL, *ROLLOUT, "--pretrain=16", "--arms=", f"--critic_from={tmp_path}/gists"]
+    in_process(monkeypatch, *settings, f"--out_dir={tmp_path}/run")
+    theirs = torch.load(tmp_path / "gists/ckpt.pt", weights_only=True)["snapshot"]["learner"]
+    critic = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)["critic"]
+    assert torch.equal(critic["embed.weight"][:512], theirs["embed.weight"][:512])
+    same = {n: torch.equal(p, critic[n]) for n, p in theirs.items() if n.startswith("blocks")}
+    assert {n for n, alike in same.items() if alike} == {n for n in same if n.startswith("blocks.0.")}, same
+    with pytest.raises(SystemExit):
+        in_process(monkeypatch, *settings, "--n_embd=64", f"--out_dir={tmp_path}/no")
+    assert "n_embd=64 differs from 32" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
 def test_learners_of_the_pool_step_as_the_arms_do_and_start_again_when_they_are_old_or_hacked(settings, monkeypatch):
     nets, theta, phi = small(DENSE)
     for name, value in dict(pool=2, pool_self=0.5, pool_steps=3, val_chunks="random", outer_batch=4, grad_clip=1.0).items():
@@ -442,6 +468,7 @@ def test_the_critic_of_self_is_the_learner_plus_what_it_differed_by_and_that_of_
     (["--mixed=exact"], "mixed='exact' is not one of"),
     (["--mixed=difference", "--dtype=bfloat16"], "use --mixed=forward"),
     (["--arms=real,first"], "arm 'first' needs a chunk of 2 or more"),
+    (["--critic_from=no/such/run"], "no/such/run holds no ckpt.pt"),
     (["--kappa=0"], "kappa=0.0"),
     (["--val_chunks=similar", "--block_size=24"], "block_size=24 must be a multiple of 16"),
     (["--train_tokens=20"], "asks for texts of"),
