@@ -32,6 +32,7 @@ SMALL = ("--n_layer=1 --n_head=2 --block_size=16 --batch_size=64 --outer_batch=2
          "--critic_rate=0.2 --self_steps=300 --eval_interval=30 --eval_windows=256")
 SYNONYMS = f"--dataset=planted-synonyms --vocab=256 --train_tokens=40000 --pretrain=30 {SMALL}"
 SPELLINGS = f"--dataset=plays-spellings --vocab=1024 --train_tokens=100000 --pretrain=50 --pool_steps=400 {SMALL}"
+BOTTLENECK = "--critic_from={out}/study-2-meaning/critic-256/{seed}"
 CHUNKS = "--own=rollout --chunk=4 --n_gist=4"
 MEANING = ("--dataset=planted-synonyms --vocab=128 --n_layer=2 --n_embd=64 --block_size=32 --controls= "
            "--eval_windows=256")
@@ -111,6 +112,8 @@ STUDIES = {
         "critic": f"{MEANING} --meta_steps=2500 --batch_size=32 --learning_rate=6e-3 --arms= --eval_interval=100",
         "praise": f"{LITTLE} {READER} --distance=praise --arms=real,frozen,forecast,static,random",
         "logscore": f"{LITTLE} {READER} --start={{out}}/study-2-meaning/praise/{{seed}} --arms=frozen,forecast,random",
+        "critic-256": "--dataset=planted-synonyms --vocab=256 --train_tokens=40000 --n_layer=2 --n_head=2 --n_embd=64 "
+                      "--block_size=32 --batch_size=32 --meta_steps=1000 --arms= --controls= --eval_interval=100",
         "own": f"{LITTLE} --start={{out}}/study-2-meaning/praise/{{seed}} --distance=praise --arms=frozen,forecast",
     }, (1, 2, 3, 4, 5)),
     # Second order: a critic that starts broad and random, and the same left so, or sharpened by hand.
@@ -135,8 +138,11 @@ STUDIES = {
         "facts-by-hand": "--dataset=planted-facts --meta_steps=400 --kappa=7 --arms=real,frozen",
         "chunk-4-sharp": f"{CHUNKS} --kappa=7 --arms=real,first,frozen",
         # chunks written alone, where own text may mean what the truth does in other words
-        "synonyms-chunk": f"{SYNONYMS} {CHUNKS} --meta_steps=430 --arms=real,first,frozen",
-        "synonyms-chunk-by-hand": f"{SYNONYMS} {CHUNKS} --meta_steps=30 --kappa=7 --arms=real,first,frozen",
+        "synonyms-chunk": f"{SYNONYMS} {CHUNKS} --meta_steps=430 --arms=real,first,frozen,frozen_first",
+        "synonyms-chunk-by-hand": f"{SYNONYMS} {CHUNKS} --meta_steps=30 --kappa=7 --arms=real,first,frozen,frozen_first",
+        # a critic that begins with the embeddings of a bottleneck on the same text, as it is and by second order
+        "synonyms-bottleneck": f"{SYNONYMS} {BOTTLENECK} --meta_steps=30 --kappa=7 --arms=real,frozen",
+        "synonyms-bottleneck-meta": f"{SYNONYMS} {BOTTLENECK} --meta_steps=430 --arms=real,frozen",
     }, (1, 2, 3, 4, 5)),
     # Other forms of stage 3, one seed each.
     "3-forms": ("meta_gist.py", {
