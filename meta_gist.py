@@ -49,8 +49,6 @@ n_gist = 1              # gists of a chunk; gist j reads the j-th part of it
 gist_layer = 0          # blocks that a gist passes through; 0: it is the mean of its tokens' embeddings
 gist_b = "truth"        # "truth" | "own+truth": what the gist of the observation reads
 samples = 1             # rollouts for each observation
-distance = "praise"     # "praise" | "logscore" | "energy" | "cosine" | "infonce" | "contrast": what the signal is of
-meta_learner = "no"     # "no" | "ce" | "both": the critic is trained at the learner itself, which moves by CE, or also by ∂O/∂θ
 zero_mean = True        # subtract what the critic says when it reads own text in the observation's place
 kappa = 1.0             # sharpness that the critic starts with
 eta = 10.0              # distrust of what comes after the texts have parted, that the critic starts with
@@ -208,27 +206,8 @@ def signal(critic, phi, w, seen, said):
     """
     (y, p), table = said, kernel(phi, phi["embed.weight"][:vocab])
     praise = table[seen] if y is None else table[seen][:, None]
-    if distance != "praise":
-        return other_signal(phi, table, praise, seen, p)
     a = praise - p @ table if zero_mean else praise.expand_as(p)
     return a if y is None else trust(critic, phi, torch.cat((w[:, :1], seen), 1), y) * a
-
-
-def other_signal(phi, table, praise, seen, p):
-    """−∂G/∂log p of other distances G, dense."""
-    if distance == "logscore":   # −Σ_w T(w|x) log Σ_v p(v) T(w|v)
-        return p * ((praise / (p @ table)) @ table.T)
-    if distance == "energy":     # −E T(x|y) + ½ E T(y|y′)
-        return p * (praise - p @ table)
-    unit = F.normalize(phi["embed.weight"][:vocab], dim=-1)
-    near = phi["log_kappa"].exp() * unit[seen] @ unit.T
-    if distance == "cosine":     # −E cos(y, x)
-        return p * near
-    if distance == "contrast":   # toward the truth, away from the observation of another place
-        return praise - praise.roll(1, 1)
-    k = near.exp()               # infonce: −log Σ p k(v, x) + log Σ_x′ Σ p k(v, x′), x′ the observations of the same text
-    among = k.sum(1, keepdim=True)
-    return p * (k / (p * k).sum(-1, keepdim=True) - among / (p * among).sum(-1, keepdim=True))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -335,17 +314,17 @@ def meta_step(nets, theta, phi, batches, chances, outer, average):
         theta = inner_step(theta, g)
     if mixed == "graph":
         dphi, loss = grad_and_value(unrolled, 2)(nets, trail[0][0], phi, trail, outer)
-        return dphi, loss, theta, heard, None
+        return dphi, loss, theta, heard
     lam, loss = grad_and_value(lambda th: cross_entropy(nets[0], th, outer))(theta)          # λ = ∇O(θ_S)
     average(list(lam.values()))
     dphi = {n: torch.zeros_like(p) for n, p in phi.items()}
     for k, (before, g, batch, y) in reversed(list(enumerate(trail))):
         w, lam = pull_back(before, g, lam)
-        by_theta, by_phi = mixed_product(nets, before, phi, batch, y, w, k > 0 or meta_learner == "both")
+        by_theta, by_phi = mixed_product(nets, before, phi, batch, y, w, k > 0)
         average([*by_phi.values(), *(by_theta or {}).values()])
         dphi = add(dphi, by_phi)                                 # dφ += ∂_φ ⟨∇_θ L(θ_k, φ), w⟩
         lam = add(lam, by_theta) if by_theta else lam            # λ  += ∂_θ ⟨∇_θ L(θ_k, φ), w⟩
-    return dphi, loss, theta, heard, lam
+    return dphi, loss, theta, heard
 
 
 def unrolled(nets, theta, phi, trail, outer):
@@ -486,17 +465,7 @@ def train_critic(run, corpus, nets, optimizers, at, library, tally):
     if val_chunks == "similar" and library["index"] is None:  # a resumed run makes it again from what it was made from
         library["index"] = make_index(train_tokens_of(corpus), at["index_from"])
     batches, chances, outer = meta_batch(run, corpus, at["critic_step"], library["index"], tally)
-    theta = weights(learner) if meta_learner != "no" else theta
-    dphi, judged, _, (said, a, g, loss), lam = meta_step(nets, theta, phi, batches, chances, outer, run.average)
-    if meta_learner != "no":
-        w = batches[0][0]
-        note_step(tally, loss, speak_true(learner, theta, w, said), w[:, 1:], a)
-        take_step(run, critic, optimizers[1], dphi, tally)
-        g = real_gradient(run, learner, theta, w)[0]
-        take_step(run, learner, optimizers[0], add(g, lam) if meta_learner == "both" else g)
-        member.clear()
-        at["critic_step"] += 1
-        return
+    dphi, judged, _, (said, a, g, loss) = meta_step(nets, theta, phi, batches, chances, outer, run.average)
     w = batches[0][0]
     note_step(tally, loss, speak_true(learner, theta, w, said), w[:, 1:], a)
     take_step(run, critic, optimizers[1], dphi, tally)
