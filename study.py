@@ -36,8 +36,13 @@ BOTTLENECK = "--critic_from={out}/study-2-meaning/critic-256/{seed}"
 CHUNKS = "--own=rollout --chunk=4 --n_gist=4"
 MEANING = ("--dataset=planted-synonyms --vocab=128 --n_layer=2 --n_embd=64 --block_size=32 --controls= "
            "--eval_windows=256")
-LITTLE = (f"{MEANING} --train_tokens=5000 --meta_steps=60 --batch_size=16 --learning_rate=3e-3 --candidates=32 --every=1 "
-          "--self_learning_rate=1e-3 --self_steps=200 --eval_interval=20")
+LITTLE = (f"{MEANING} --train_tokens=5000 --meta_steps=60 --batch_size=16 --learning_rate=3e-3 --candidates=32 "
+          "--every=1 --self_learning_rate=1e-3 --self_steps=200 --eval_interval=20")
+SPELLED = "--dataset=plays-spellings --vocab=1024"
+MUCH = "--n_layer=2 --n_embd=64 --block_size=32 --batch_size=32 --meta_steps=3000 --arms= --controls= --eval_interval=100"
+LITTLE_PLAYS = ("--n_layer=2 --n_embd=64 --block_size=32 --controls= --train_tokens=40000 --meta_steps=150 --batch_size=16 "
+                "--learning_rate=3e-3 --candidates=32 --every=1 --self_learning_rate=1e-3 --self_steps=300 "
+                "--eval_interval=20 --eval_windows=256 --distance=praise --arms=real,forecast,random")
 READER = "--critic_from={out}/study-2-meaning/critic/{seed}"
 SHARE = "--arms= --controls=full,none"
 
@@ -116,6 +121,11 @@ STUDIES = {
         "critic": f"{MEANING} --meta_steps=2500 --batch_size=32 --learning_rate=6e-3 --arms= --eval_interval=100",
         "praise": f"{LITTLE} {READER} --distance=praise --arms=real,frozen,forecast,static,random",
         "logscore": f"{LITTLE} {READER} --start={{out}}/study-2-meaning/praise/{{seed}} --arms=frozen,forecast,random",
+        # what is left of it where spellings are noise and the text is real, and on the plays themselves
+        "spellings-critic": f"{SPELLED} {MUCH}",
+        "spellings": f"{SPELLED} {LITTLE_PLAYS} --critic_from={{out}}/study-2-meaning/spellings-critic/{{seed}}",
+        "plays-critic": MUCH,
+        "plays": f"{LITTLE_PLAYS} --critic_from={{out}}/study-2-meaning/plays-critic/{{seed}}",
         "critic-256": "--dataset=planted-synonyms --vocab=256 --train_tokens=40000 --n_layer=2 --n_head=2 --n_embd=64 "
                       "--block_size=32 --batch_size=32 --meta_steps=1000 --arms= --controls= --eval_interval=100",
         "own": f"{LITTLE} --start={{out}}/study-2-meaning/praise/{{seed}} --distance=praise --arms=frozen,forecast",

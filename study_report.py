@@ -1,7 +1,7 @@
 """
 What the studies say: the tables between the marks of README.md, and figures/stage-*-study.png.
 
-    python study_report.py            # after `python study.py 1`, 1-long, 2 or 3; says how many seeds each number rests on
+    python study_report.py   # after `python study.py 1`, 1-long, 2, 2-meaning or 3; says how many seeds a number rests on
 
 Hacks that have not come by an arm's end are counted as its end, and marked with >.
 """
@@ -16,7 +16,7 @@ import numpy as np
 
 from configurator import refuse
 from plot import COLOUR, STUDENT, interval, read_run
-from study import GISTS, OUT, ROOT, STUDIES, finished
+from study import OUT, ROOT, STUDIES, finished
 
 README, FIGURES = ROOT / "README.md", ROOT / "figures"
 
@@ -291,19 +291,39 @@ def forgets():
              "|---|---|---|---|---|---|---|"]
     for name, settings in STUDIES["2"][1].items():
         point = load(name, "2")
-        if name == "base" or not settings.startswith(GISTS) or not point:
+        if name in ("base", "arms") or name.startswith("share") or not point:
             continue
-        what = " ".join(w for w in settings.removeprefix(GISTS).split() if not w.startswith(("--eval_interval", ",real")))
-        for arm in ("frozen", "random"):
+        what = " ".join(w for w in settings.split() if not w.startswith(("--start", "--arms", "--eval_interval")))
+        for arm in (a for a in ("self", "frozen", "ema", "forecast", "random") if a in settings):
             runs = {seed: run for seed, run in point.items() if arm in run[0]["arms"]}
             if not runs:
                 continue
-            if name == "long":  # beside its own real arm, at its own end
+            if "real" in settings:  # beside its own real arm, at its own end
                 shares = [s["arms"][arm]["recovered"] for s, _ in runs.values()]
             else:
                 shares = recovered_at(runs, arm, base, 250)
-            lines.append(gist_row(f"`{what}`" + " (recovered at 2,500)" * (name == "long"), arm, list(runs.values()),
-                                  shares))
+            lines.append(gist_row(f"`{what}`" if what else "nothing", arm, list(runs.values()), shares))
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def meaning():
+    """Little text full of synonyms, and a critic that has read more: who learns faster, and farther."""
+    real, study = load("praise", "2-meaning"), "2-meaning"
+    lines = ["| critic | score | what stands for a gist | seeds | recovered at 100 | best gold | the same of real | "
+             "better by |", "|---|---|---|---|---|---|---|---|"]
+    for point, critic, arms in (("praise", "another", ("forecast", "frozen", "static", "random")),
+                                ("logscore", "another", ("forecast", "frozen", "random")),
+                                ("own", "a copy of the learner", ("forecast", "frozen"))):
+        for arm in arms:
+            runs = {seed: run for seed, run in load(point, study).items() if seed in real}
+            if not runs:
+                continue
+            best = [s["arms"][arm]["gold_best"] for s, _ in runs.values()]
+            goal = [real[seed][0]["arms"]["real"]["gold_best"] for seed in runs]
+            gist = dict(frozen="gists").get(arm, arm)
+            lines.append(f"| {critic} | {'praise' if point == 'own' else point} | {gist} | {len(runs)} | "
+                         f"{pm(recovered_at(runs, arm, real, 100))} | {pm(best, 3)} | {pm(goal, 3)} | "
+                         f"{pm([g - b for g, b in zip(goal, best)], 3)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
@@ -338,6 +358,8 @@ def second_order():
 SYNONYMS = {  # text: point of study 3
     "learned by second order": "synonyms", "κ = 7 by hand, random E": "synonyms-by-hand",
     "10,000 tokens of text, learned": "synonyms-10000", "10,000 tokens, by hand": "synonyms-10000-by-hand",
+    "a bottleneck's embeddings, κ = 7": "synonyms-bottleneck",
+    "a bottleneck's, then second order": "synonyms-bottleneck-meta",
     "the plays in spellings, learned": "spellings", "the plays in spellings, by hand": "spellings-by-hand"}
 
 
@@ -372,6 +394,10 @@ def chunks():
                         "gists pass one block": "3-forms/chunk-4-layer",
                         'the same, `gist_b="own+truth"`': "3-forms/chunk-4-own", "chunks of 8": "3-forms/chunk-8"},
                        what="critic of chunks of 4")
+
+
+def synonym_chunks():
+    return critic_rows({"learned by second order": "synonyms-chunk", "κ = 7 by hand, random E": "synonyms-chunk-by-hand"})
 
 
 def judges():
@@ -453,14 +479,15 @@ TABLES = {
               watch=watch_score, rescues=rescues),
     "1-long": dict(long=long_run),
     "2": dict(carried=carried, gist_arms=gist_arms, forgets=forgets),
-    "3": dict(second_order=second_order, synonyms=synonyms, chunks=chunks, judges=judges),
+    "2-meaning": dict(meaning=meaning),
+    "3": dict(second_order=second_order, synonyms=synonyms, chunks=chunks, synonym_chunks=synonym_chunks, judges=judges),
 }
 
 
 def main():
     text, ready = README.read_text(), [study for study in TABLES if all(finished(f) for f in first_runs(study))]
     if not ready:
-        refuse(f"{OUT} holds no study whose first point is finished; run python study.py 1, 1-long, 2 or 3 first")
+        refuse(f"{OUT} holds no study whose first point is finished; run python study.py 1, 1-long, 2, 2-meaning or 3 first")
     for name, table in ((n, t) for study in ready for n, t in TABLES[study].items()):
         content = table()
         print(content, "\n")
