@@ -50,7 +50,7 @@ from prepare_data import corpus_id, decode, get_batch, open_corpus, prepare, val
 from watch import MEMORY, Gold, Watch, new_track, note, summarise, track_gold, write_report, write_row
 
 # --- experiment
-arms = "real,frozen,shuffled,static,random"  # any of self, frozen, ema, real, shuffled, sharpen, static, random
+arms = "real,frozen,shuffled,static,random"  # any of these, and self, ema, sharpen, forecast
 controls = "full,none"  # masks that the meta phase trains beside gist: any of full, none, pool, with commas
 meta_steps = 500        # steps of cross entropy, for each mask
 self_steps = 250        # steps of each arm, on the distance of gists
@@ -112,6 +112,7 @@ SELF_PHASE = ("arms", "self_steps", "hack_margin", "rank", "span", "every", "can
 # Independent streams of data and of random numbers.
 TEXT, FOREIGN, CHANCE, RULER, PROBE, TABLE, INNER, OUTER = range(8)
 RULER_STEPS = 100  # on which the watch is calibrated, the fewest that it takes
+LARGEST_FORECAST = 4096  # tokens: the principal directions of forecasts are those of a matrix [V, V]
 RESTART = 20       # order 2: inner steps after which the learner goes back to the snapshot: a critic that only ever sees
                    # one learner memorises one good direction
 
@@ -265,7 +266,8 @@ def effective_rank(values):
 
 def whitening(run, g, keep, level=True):
     """(matrix [D, K], effective rank): whitens how gists g [B, N, M, D] of one prefix differ, on the `keep` largest
-    directions (0: all), and scales such that two of them are at squared distance 1 on average."""
+    directions (0: all), and scales such that two of them are at squared distance 1 on average. Directions keep their
+    relative sizes unless level."""
     off = (g - g.mean(2, keepdim=True)).flatten(0, 2)
     covariance = off.T @ off / len(off)
     run.average([covariance])
@@ -580,29 +582,34 @@ def train_critic(run, corpus, snapshot, learner, critic, lay):
 
 
 @torch.no_grad()
-def make_critics(run, corpus, lay, learner, judge):
-    """(the Critics of the arms by kind, their effective rank before whitening): contextual, static and random ones.
+def make_critics(run, corpus, lay, learner, judge, names):
+    """(the Critics of the arms `names` by kind, the effective rank of the contextual gists before whitening).
 
-    static: the critic's token embeddings. random: as many random numbers for each token as the gists keep directions.
-    What the learner's own spans at fresh prefixes differ in sets the scale of each.
+    contextual: gists, always made. forecast: what the critic expects next; of these the principal directions keep their
+    sizes, for most of a forecast is the same whatever the token. static: the critic's token embeddings. random: as many
+    random numbers for each token as the gists keep directions. What the learner's own spans at fresh prefixes differ in
+    sets the scale of each.
     """
     x = text(run, corpus, 0, RULER)[:, :-1]
     past, starts, u = {}, starts_of(run.device), chance(run, 0)
     logits = read(learner, lay, x, cache=past)[:, starts - 1]
     own = likeliest(logits)[0] if path == "exact" else write_spans(learner, lay, past, logits, starts, u[:, starts])[0]
 
-    def whitened(critic, keep):
+    def whitened(critic, keep=rank):
         g = gists(critic, lay, past_of(critic, lay, x), starts, own)
         matrix, found = whitening(run, g, keep, level=not critic.forecast)
         return critic._replace(whiten=matrix), found
 
-    contextual, found = whitened(Critic(judge, None, None), rank)
-    K = contextual.whiten.size(1)
-    numbers = np.random.default_rng([seed, TABLE]).standard_normal((vocab, max(1, round(K / span))), dtype=np.float32)
-    static = F.normalize(judge.embed.weight[:vocab].detach(), dim=-1)
-    return dict(contextual=contextual, forecast=whitened(Critic(judge, None, None, True), rank)[0],
-                static=whitened(Critic(None, static, None), rank)[0],
-                random=whitened(Critic(None, torch.from_numpy(numbers).to(static), None), 0)[0]), found
+    contextual, found = whitened(Critic(judge, None, None))
+    critics, K = dict(contextual=contextual), contextual.whiten.size(1)
+    if "forecast" in names:
+        critics["forecast"] = whitened(Critic(judge, None, None, forecast=True))[0]
+    if "static" in names:
+        critics["static"] = whitened(Critic(None, F.normalize(judge.embed.weight[:vocab].detach(), dim=-1), None))[0]
+    if "random" in names:
+        numbers = np.random.default_rng([seed, TABLE]).standard_normal((vocab, max(1, round(K / span))), dtype=np.float32)
+        critics["random"] = whitened(Critic(None, torch.from_numpy(numbers).to(judge.embed.weight), None), keep=0)[0]
+    return critics, found
 
 
 @torch.no_grad()
@@ -766,6 +773,8 @@ def check():
         refuse(f"arm 'sharpen' reads single likeliest tokens; leave it out with span={span}")
     if not meta_steps or order == 2 and not order_steps:
         refuse(f"meta_steps={meta_steps} and, with order=2, order_steps={order_steps} must be above 0")
+    if "forecast" in names and vocab > LARGEST_FORECAST:
+        refuse(f"arm 'forecast' compares all {vocab} log probabilities; it needs vocab of {LARGEST_FORECAST} or less")
     if span > 1 and path != "reinforce":
         refuse(f"path={path!r} knows single own tokens; with span={span} use --path=reinforce")
     if order not in (1, 2):
@@ -882,14 +891,13 @@ def main():
     if names:
         for model, state in zip(before, (None, critic_weights)):
             model.load_state_dict(state or snapshot["learner"])
-        critics, found = make_critics(run, corpus, lay, *before)
+        critics, found = make_critics(run, corpus, lay, *before, names)
         at["directions"] = critics["contextual"].whiten.size(1)
         run.say(f"the gists keep {at['directions']} directions, whitened; before that they fill {found:.1f}")
         if at["critic"] is None and order == 2:  # an interrupted run does these steps again
             at["critic"], at["gain"] = train_critic(run, corpus, snapshot, learner, critics["contextual"], lay)
         at["critic"] = at["critic"] or critic_weights or snapshot["learner"]
-        critics["contextual"] = critics["contextual"]._replace(model=judge)
-        critics["forecast"] = critics["forecast"]._replace(model=judge)
+        critics = {kind: c._replace(model=judge) if c.model else c for kind, c in critics.items()}
         before[1].load_state_dict(at["critic"])
     for arm in names:
         kind = arm if arm in critics else "contextual"

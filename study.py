@@ -154,6 +154,7 @@ STUDIES = {
         # chunks written alone, where own text may mean what the truth does in other words
         "synonyms-chunk": f"{SYNONYMS} {CHUNKS} --meta_steps=430 --arms=real,first,frozen,frozen_first",
         "synonyms-chunk-by-hand": f"{SYNONYMS} {CHUNKS} --meta_steps=30 --kappa=7 --arms=real,first,frozen,frozen_first",
+        "synonyms-chunk-samples": f"{SYNONYMS} {CHUNKS} --samples=4 --meta_steps=430 --arms=real,first,frozen,frozen_first",
         # a critic that begins with the embeddings of a bottleneck on the same text, as it is and by second order
         "synonyms-bottleneck": f"{SYNONYMS} {BOTTLENECK} --meta_steps=30 --kappa=7 --arms=real,frozen",
         "synonyms-bottleneck-meta": f"{SYNONYMS} {BOTTLENECK} --meta_steps=430 --arms=real,frozen",

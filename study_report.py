@@ -408,12 +408,38 @@ def judges():
                        arms=("frozen",), what="what judges")
 
 
+def show(axis, steps, values, **style):
+    """Mean over seeds and its 95 % interval; values: [seeds, steps]."""
+    mean, half = interval(values)
+    axis.plot(steps, mean, **style)
+    axis.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.2, lw=0)
+
+
+def show_arms(axis, runs, arms):
+    """Gold of arms of runs {seed: (summary, rows)}; arms: {arm: what the legend says}."""
+    for arm, text in arms.items():
+        rows = [[r for r in rows if r["arm"] == arm] for _, rows in runs.values()]
+        show(axis, [r["step"] for r in rows[0]], [[r["gold_nats"] for r in one] for one in rows], color=COLOUR[arm], label=text)
+
+
+def draw_gists():
+    """figures/stage-2-study.png: gold on the plays, and where much of what differs is noise."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
+    show_arms(left, load("base", "2"), dict(real="real", frozen="gists", random="random numbers"))
+    show_arms(right, load("praise", "2-meaning"), dict(real="real", forecast="forecasts", frozen="gists",
+                                                       random="random numbers"))
+    left.set(title="the plays", xlabel="self steps", ylabel="gold, nats a token")
+    right.set(title="little text full of synonyms", xlabel="self steps")
+    for axis in (left, right):
+        axis.grid(alpha=0.2)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(FIGURES / "stage-2-study.png", dpi=120)
+
+
 def draw_second_order():
     """figures/stage-3-study.png: gain, shuffled and real over the meta phase, the open run, and the planted synonyms."""
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4))
-    show = lambda axis, steps, values, **style: (
-        axis.plot(steps, interval(values)[0], **style), axis.fill_between(
-            steps, *(interval(values)[0] + d * interval(values)[1] for d in (-1, 1)), color=style["color"], alpha=0.2, lw=0))
     base = [rows for _, rows in load("base", "3").values()]
     met = [[r for r in rows if "gain" in r] for rows in base]
     for name, colour in (("gain", "tab:green"), ("gain_real", "k"), ("gain_shuffled", "tab:purple")):
@@ -497,6 +523,8 @@ def main():
     README.write_text(text)
     if {"1", "1-long"} <= set(ready):
         draw()
+    if {"2", "2-meaning"} <= set(ready):
+        draw_gists()
     if "3" in ready:
         draw_second_order()
     print(f"written into {README.name} and {FIGURES.name}/: studies {', '.join(ready)}")

@@ -294,6 +294,9 @@ def test_whitened_gists_are_at_distance_one_on_average():
     off = ~torch.eye(6, dtype=torch.bool)
     assert matrix.shape == (10, 4) and abs(d2[..., off].mean() - 1) < 1e-3
     assert 2 < found < 4  # 25, 9, 4 and ones: most of it in two or three directions
+    kept, _ = gb.whitening(Alone(), g, 4, level=False)
+    assert abs(gb.squared_distances(g @ kept)[..., off].mean() - 1) < 1e-3
+    assert torch.allclose(kept.norm(dim=0), kept.norm(dim=0)[:1].expand(4))  # projected, and all scaled alike
 
 
 # ---- the script
@@ -400,6 +403,7 @@ def test_every_path_trains(tiny, monkeypatch, path, distance, span):
     (["--prompt=nowhere.txt"], "prompt='nowhere.txt' is no file"),
     (["--path=reinforce", "--distance=praise"], "goes with path='exact'"),
     (["--critic_from=out/other", "--arms=self"], "leave them out with critic_from"),
+    (["--arms=forecast", "--vocab=50257"], "it needs vocab of 4096 or less"),
     (["--critic_from=nowhere"], "nowhere holds no ckpt.pt"),
     (["--order=2", "--path=reinforce"], "it goes with path='exact'"),
 ])
