@@ -2,31 +2,20 @@
 # make test  the same set-up, and the tests
 # make study-1   the runs behind the README's tables of stage 1; goes on where it was
 # make study-1-long   the same for 20,000 self steps
-# make study-2, study-3   the same of stages 2 and 3
+# make study-2, study-2-meaning, study-3   the same of stages 2 and 3
 PYTHON ?= python3
 BIN := .venv/bin
+STUDIES := study-1 study-1-long study-2 study-2-meaning study-3
 
-.PHONY: run test study-1 study-1-long study-2 study-3
+.PHONY: run test $(STUDIES)
 run: .venv/installed
 	$(BIN)/python prepare_data.py
 	$(BIN)/python self_ce.py
 	$(BIN)/python gist_bottleneck.py
 	$(BIN)/python meta_gist.py
 
-study-1: .venv/installed
-	$(BIN)/python study.py 1
-	$(BIN)/python study_report.py
-
-study-2: .venv/installed
-	$(BIN)/python study.py 2
-	$(BIN)/python study_report.py
-
-study-3: .venv/installed
-	$(BIN)/python study.py 3
-	$(BIN)/python study_report.py
-
-study-1-long: .venv/installed
-	$(BIN)/python study.py 1-long
+$(STUDIES): study-%: .venv/installed
+	$(BIN)/python study.py $*
 	$(BIN)/python study_report.py
 
 test: .venv/installed-test

@@ -445,7 +445,7 @@ class Run:
         per_step = (time.time() - self.phase_at) / max(1, row["step"] - self.phase_step)
         left = int(per_step * (steps - row["step"]))
         loss = "    -" if row["proxy"] is None else f"{row['proxy']:.3f}"
-        text = (f"{row['arm']:>8} {row['step']:>{len(str(steps))}}/{steps}  loss {loss}  "
+        text = (f"{row['arm']:>12} {row['step']:>{len(str(steps))}}/{steps}  loss {loss}  "
                 f"gold {row['gold_nats']:.3f} ({row['gold_bpb']:.3f} bits/byte)  {row['tok_per_s']:,.0f} tokens/s  "
                 f"{left // 60}:{left % 60:02d} left")
         if not self.first:
@@ -514,7 +514,7 @@ def read_checkpoint(folder, stage, device="cpu"):
     if not isinstance(state, dict) or state.get("format") != "metalearn-1":
         refuse(f"{path} is no checkpoint of this project")
     if state["stage"] != stage:
-        refuse(f"{path} is a checkpoint of {state['stage']}.py; go on with it by python {state['stage']}.py")
+        refuse(f"{path} is a checkpoint of {state['stage']}.py, and one of {stage}.py is needed here")
     return state
 
 
@@ -529,14 +529,14 @@ def read_meta_phase(folder, stage, device, settings, self_phase, corpus):
     if other["corpus"] != corpus:
         refuse(f"start={folder!r} was begun with another corpus or tokenizer")
     for name, value in settings.items():
-        if name not in self_phase and other["config"].get(name) != value:
-            refuse(f"{name}={value!r} differs from {other['config'].get(name)!r}, with which {folder} went through its "
+        if name not in self_phase and other["config"].get(name, value) != value:
+            refuse(f"{name}={value!r} differs from {other['config'][name]!r}, with which {folder} went through its "
                    "meta phase")
     return other["meta"], other["snapshot"]
 
 
 def read_bottleneck(folder, device, corpus, **alike):
-    """(settings, weights) of the model that a finished meta phase of gist_bottleneck.py left in `folder`.
+    """The settings, and as "weights" the model, that a finished meta phase of gist_bottleneck.py left in `folder`.
 
     corpus: its identity, see `corpus_id`. alike: settings that must be the same there. Refuses what is otherwise.
     """
@@ -548,7 +548,7 @@ def read_bottleneck(folder, device, corpus, **alike):
     for name, value in alike.items():
         if other["config"][name] != value:
             refuse(f"{name}={value!r} differs from {other['config'][name]!r}, that of critic_from={folder!r}")
-    return other["config"], other["snapshot"]["learner"]
+    return dict(other["config"], weights=other["snapshot"]["learner"])
 
 
 def keep_saved(settings, given, saved, folder):

@@ -24,7 +24,7 @@ Self phase: after every true prefix the learner p writes own spans y (the likeli
 critic reads each, and the true span x, in that prefix, and gives their gists g. With d the distance of two gists:
 
     logscore    -sum_w K(x, w) log sum_v p_v K(v, w),  K(v, w) = softmax_w(-d^2(v, w) / tau)        proper
-    praise      -sum_v a(v) log p_v,  a(v) = K(x, v) - sum_w p_w K(w, v), held fixed        zero at the true distribution
+    praise      -sum_v a(v) log p_v,  a(v) = K(x, v) - sum_w p_w K(w, v), held fixed   a is zero at the truth, on average
     energy      E d(y, x) - E d(y, y') / 2                                                         proper
     plain       E d(y, x)                                       lowest on the most typical text: improper
 
@@ -68,7 +68,7 @@ candidates = 8          # own spans at each prefix: the likeliest tokens, or sam
 path = "exact"          # "exact" | "reinforce": the expectation over the likeliest tokens, or samples and their score
 distance = "logscore"   # "logscore" | "praise" | "energy" | "plain": the loss over distances, see above
 tau = 0.1               # what counts as alike, where two own spans at one prefix are at d^2 = 1 on average
-critic_from = ""        # the folder of a run whose model is the critic, of any size; "" is a copy of the learner
+critic_from = ""        # the folder of another run, of any size, whose model is the critic; "": a copy of the learner
 ema_decay = 0.999       # arm ema: the critic's weights are this share old, the rest the learner's, each step
 order = 1               # 1: the bottleneck alone makes the gists; 2: then also how much a step on their distance helps
 order_steps = 100       # order 2: steps of the critic, after the bottleneck's
@@ -306,7 +306,7 @@ def target_mass(d2):
     """
     nearest, which = d2[..., -1, :-1].min(-1)
     row = kernel(d2[..., :-1, :-1]).gather(-2, which[..., None, None].expand(*which.shape, 1, d2.size(-1) - 1))[..., 0, :]
-    met = (nearest < 0.01 * tau).unsqueeze(-1)  # the kernel cannot tell them apart
+    met = (nearest < max(0.01 * tau, 1e-5)).unsqueeze(-1)  # the kernel cannot tell them apart, or float32 cannot
     return torch.cat((row * met, (~met).to(row.dtype)), -1)
 
 
@@ -509,7 +509,8 @@ def examine(run, critic, lay, probe):
         raw = gists(critic._replace(whiten=None), lay, past, starts, both[:, :, :1]).flatten(0, 2)
     d2 = (clean - rough).square().sum(-1)
     differ = (both[:, :, 0] != both[:, :, 1]).any(-1)
-    values = torch.linalg.eigvalsh(raw.T.cov())
+    off = raw - raw.mean(0)
+    values = torch.linalg.eigvalsh(off.T @ off if off.size(1) < len(off) else off @ off.T)  # alike but for zeros
     return dict(agreement_probe=(d2[..., 0] < d2[..., 1])[differ].float().mean().item(),
                 gist_std=raw.std(0).mean().item(), gist_rank=effective_rank(values))
 
@@ -629,14 +630,14 @@ def calibrate(run, corpus, lay, learner, critic, watch, probe):
 # the report
 
 @torch.no_grad()
-def judge_texts(run, lay, learner, critic, w, arm):
+def judge_texts(run, lay, learner, critic, w, foreign, arm):
     """(own spans, the critic's heaviest target of each start or None, agreement) on text w, as the report shows them."""
     x, past, starts = w[:, :-1], {}, starts_of(run.device)
     said = read(learner, lay, x, cache=past)[:, starts - 1]
     own = (likeliest(said)[0] if path == "exact"
            else write_spans(learner, lay, past, said, starts, chance(run, 0)[:, starts])[0])
     truth = observed(x, starts)
-    seen = said.argmax(-1)[..., None] if arm == "sharpen" else truth.roll(1, 0) if arm == "shuffled" else truth
+    seen = dict(sharpen=said.argmax(-1)[..., None], shuffled=observed(foreign[:, :-1], starts)).get(arm, truth)
     g = gists(critic, lay, past_of(critic, lay, x), starts, torch.cat((own, seen.unsqueeze(2)), 2))
     mass = target_mass(squared_distances(g))
     among = (own == truth.unsqueeze(2)).all(-1)
@@ -654,10 +655,10 @@ def report(run, arm, step, why, watch, learner, critic, before, lay, corpus, row
 
     before: the learner and the critic's GPT before the arms. Returns what `write_report` does.
     """
-    w = text(run, corpus, meta_steps + step)
+    w, foreign = (text(run, corpus, meta_steps + step, stream) for stream in (TEXT, FOREIGN))
     learners = dict(then=before[0], now=learner)
     judges = dict(then=critic._replace(model=before[1] if critic.model else None), now=critic)
-    seen = {(c, o): judge_texts(run, lay, learners[o], judges[c], w, arm) for c in judges for o in learners}
+    seen = {(c, o): judge_texts(run, lay, learners[o], judges[c], w, foreign, arm) for c in judges for o in learners}
     judged = {key: value[3] for key, value in seen.items()}
     texts = {k: (seen[k, k][0], seen[k, k][2], seen[k, k][1]) for k in judges}
     shares = {name: row[k] for name, k in (
@@ -773,6 +774,8 @@ def check():
         refuse(f"arm 'sharpen' reads single likeliest tokens; leave it out with span={span}")
     if not meta_steps or order == 2 and not order_steps:
         refuse(f"meta_steps={meta_steps} and, with order=2, order_steps={order_steps} must be above 0")
+    if order == 2 and "forecast" in names:
+        refuse("arm 'forecast' reads what second order does not train, the last block; leave it out with order=2")
     if "forecast" in names and vocab > LARGEST_FORECAST:
         refuse(f"arm 'forecast' compares all {vocab} log probabilities; it needs vocab of {LARGEST_FORECAST} or less")
     if span > 1 and path != "reinforce":
@@ -810,10 +813,11 @@ def main():
         if len(tokens) <= block_size:
             refuse(f"block_size={block_size} must be below the {len(tokens)} tokens of the {split} split")
 
-    theirs, critic_weights = run.settings, None
-    if critic_from:
-        theirs, critic_weights = read_bottleneck(critic_from, run.device, corpus_id(corpus), vocab=vocab, chunk=chunk,
-                                                 n_gist=n_gist, place=place)
+    theirs = run.resumed["theirs"] if run.resumed else dict(run.settings, weights=None)  # of the critic
+    if critic_from and not run.resumed:
+        theirs = read_bottleneck(critic_from, run.device, corpus_id(corpus), vocab=vocab, chunk=chunk, n_gist=n_gist,
+                                 place=place)
+    theirs = {k: theirs[k] for k in ("n_layer", "n_head", "n_embd", "weights")}
     if rank > n_gist * theirs["n_embd"]:
         refuse(f"rank={rank} must be at most n_gist * n_embd = {n_gist * theirs['n_embd']} of the critic")
     lay = layout(block_size, run.device, run.weight_dtype)
@@ -830,7 +834,7 @@ def main():
     meta_parts = {**parts, **{f"model_{how}": models[how] for how in masks},
                   **{f"optimizer_{how}": optimizers[how] for how in masks}}
     at = dict(arm="meta", step=0, track=new_track(), arms={}, ends={}, meta=None, snapshot=None, critic=None, gain=None,
-              directions=None, watches={}, real_targets=0, corpus=corpus_id(corpus))
+              directions=None, watches={}, real_targets=0, corpus=corpus_id(corpus), theirs=theirs)
     tally = {}
     if run.resumed:
         if run.resumed["corpus"] != at["corpus"]:
@@ -848,7 +852,8 @@ def main():
     bottleneck = lambda x: read(learner, lay, x)
     probe = stored_probe(run, corpus)
     size = sum(p.numel() * p.element_size() for p in learner.parameters())
-    run.open(need_bytes=2 * (10 + 5 * len(masks) + len(names)) * size)
+    theirs_size = sum(p.numel() * p.element_size() for p in judge.parameters())
+    run.open(need_bytes=2 * ((7 + 5 * len(masks) + len(names)) * size + 3 * theirs_size))
 
     # ---- meta phase: cross entropy through the bottleneck, and through the masks of the controls
     if at["arm"] == "meta":
@@ -889,22 +894,22 @@ def main():
     snapshot = at["snapshot"]
     critics = {}
     if names:
-        for model, state in zip(before, (None, critic_weights)):
+        for model, state in zip(before, (None, theirs["weights"])):
             model.load_state_dict(state or snapshot["learner"])
         critics, found = make_critics(run, corpus, lay, *before, names)
         at["directions"] = critics["contextual"].whiten.size(1)
         run.say(f"the gists keep {at['directions']} directions, whitened; before that they fill {found:.1f}")
         if at["critic"] is None and order == 2:  # an interrupted run does these steps again
             at["critic"], at["gain"] = train_critic(run, corpus, snapshot, learner, critics["contextual"], lay)
-        at["critic"] = at["critic"] or critic_weights or snapshot["learner"]
+        at["critic"] = at["critic"] or theirs["weights"] or snapshot["learner"]
         critics = {kind: c._replace(model=judge) if c.model else c for kind, c in critics.items()}
-        before[1].load_state_dict(at["critic"])
     for arm in names:
         kind = arm if arm in critics else "contextual"
         critic = critics[kind]
+        before[1].load_state_dict(snapshot["learner"] if arm == "self" else at["critic"])
         if at["arm"] != arm:
             learner.load_state_dict(snapshot["learner"])
-            judge.load_state_dict(snapshot["learner"] if arm == "self" else at["critic"])
+            judge.load_state_dict(before[1].state_dict())
             optimizer.load_state_dict(copy.deepcopy(snapshot["optimizer"]))
             if arm != "real":
                 if kind not in at["watches"]:

@@ -233,9 +233,9 @@ def add(a, b, scale=1.0):
 
 
 def inner_gradient(nets, theta, phi, batch, u, average, every=1):
-    """(what the learner says, a, g = ∇_θ L averaged over ranks, L), of each `every`-th own token.
+    """(what the learner says, a, g = ∇_θ L averaged over ranks, L). batch: (w, seen); u: see `write`.
 
-    batch: (w, seen); u: see `write`.
+    L is of each `every`-th own token, and g with it; what is said, and a, are of all.
     """
     (learner, critic), (w, seen) = nets, batch
     y = write(learner, theta, w[:, :-1], u)
@@ -733,12 +733,12 @@ def check(ranks):
         refuse(f"gist_layer={gist_layer} must be below n_layer={n_layer}: a gist is what enters a block")
     if gist_b == "own+truth" and not gist_layer:
         refuse("gist_b='own+truth' needs gist_layer of 1 or more: without attention a gist reads its own part alone")
-    if samples < 1:
-        refuse(f"samples={samples} must be above 0")
+    if samples < 1 or own == "dense" and samples > 1:
+        refuse(f"samples={samples} must be 1 with own='dense', which takes the mean over all, and above 0 with 'rollout'")
     if not 1 <= inner_steps <= 8:
         refuse(f"inner_steps={inner_steps} must be from 1 to 8")
-    if kappa <= 0 or length <= 0:
-        refuse(f"kappa={kappa} and length={length} must be above 0")
+    if min(kappa, eta, length) <= 0:
+        refuse(f"kappa={kappa}, eta={eta} and length={length} must be above 0")
     if pool < 1 or pool_self > 1:
         refuse(f"pool={pool} must be above 0 and pool_self={pool_self} at most 1: it is a share")
     if mixed == "difference" and dtype == "bfloat16":
@@ -769,11 +769,11 @@ def make_nets(run):
 
 def begin_from_bottleneck(run, critic, corpus):
     """Gives the critic the embeddings of a model of stage 2, and the blocks that its gists pass through."""
-    theirs, state = read_bottleneck(critic_from, run.device, corpus_id(corpus), vocab=vocab, n_embd=n_embd, n_head=n_head)
+    theirs = read_bottleneck(critic_from, run.device, corpus_id(corpus), vocab=vocab, n_embd=n_embd, n_head=n_head)
     if theirs["n_layer"] <= gist_layer:
         refuse(f"gist_layer={gist_layer} must be below n_layer={theirs['n_layer']} of critic_from={critic_from!r}")
-    critic.embed.weight.data[:vocab] = state["embed.weight"][:vocab]
-    blocks = {n: p for n, p in state.items() if n.startswith(tuple(f"blocks.{k}." for k in range(gist_layer)))}
+    critic.embed.weight.data[:vocab] = theirs["weights"]["embed.weight"][:vocab]
+    blocks = {n: p for n, p in theirs["weights"].items() if n.startswith(tuple(f"blocks.{k}." for k in range(gist_layer)))}
     critic.load_state_dict(blocks, strict=False)
 
 

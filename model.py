@@ -8,7 +8,7 @@ What differs from GPT-2:
 - output projections and the head start at zero, so that the untrained model predicts uniformly;
 - special tokens (LOSS, later gists) are extra rows of the embedding, and are never predicted;
 - attention by a rule over (kind, chunk, position) of query and key: `attention_mask` draws every layout;
-- the input may be embeddings instead of tokens, so that gradients reach soft tokens;
+- the input may be embeddings instead of tokens: stage 3's gists enter as means of them;
 - parameters work as a plain dict: `torch.func.functional_call(model, params, (tokens,))`.
 
 Dimensions: B sequences, L tokens in each, C = n_embd, H heads of D = C / H, V = vocab_size, S cached tokens.
@@ -230,7 +230,7 @@ class GPT(nn.Module):
     def forward(self, x, pos=None, mask=None, read=None, fused=True, cache=None, residual=None, blend=None):
         """Logits [B, L', V] at the positions that `read` selects (all if None).
 
-        x: tokens, int [B, L], or embeddings, float [B, L, C]: a soft token is `weights @ params["embed.weight"]`.
+        x: tokens, int [B, L], or embeddings, float [B, L, C].
         pos: int [L] or [B, L]; 0 to L − 1 if None. mask: bool [L, S + L], see `attention_mask`; causal if None.
         read: index of the L dimension, e.g. slice(2, None, 3); the head is the largest product of a small model.
         cache: a dict, empty at first, that keeps keys and values: the next call sees all S tokens so far, and must say

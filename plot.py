@@ -22,7 +22,7 @@ COLOUR = dict(meta="0.6", real="k", first="0.4", frozen="tab:green", frozen_firs
               shuffled="tab:purple", sharpen="tab:orange", forecast="tab:pink", static="tab:cyan", random="tab:brown")
 # 97.5 % points of Student's t for n - 1 degrees of freedom, n = 2 to 10; beyond, 1.96 + 2.5 / (n - 1) is within 1 %.
 STUDENT = dict(zip(range(2, 11), (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)))
-NOT_COMPARED = ("seed", "out_dir", "start", *FREE_ON_RESUME)
+NOT_COMPARED = ("seed", "out_dir", "start", "critic_from", *FREE_ON_RESUME)
 
 
 def interval(values, axis=0):
@@ -48,10 +48,10 @@ def read_run(folder):
 def group_by_settings(runs):
     """Lists of runs that differ by seed alone, each with the settings that tell it from the others."""
     keys = [{k: v for k, v in s["config"].items() if k not in NOT_COMPARED} for s, _ in runs]
-    differing = sorted({k for a in keys for k in a if any(a[k] != b.get(k) for b in keys)})
+    differing = sorted({k for a in keys for k in a if any(a[k] != b.get(k, a[k]) for b in keys)})
     groups = {}
     for key, run in zip(keys, runs):
-        groups.setdefault(", ".join(f"{k}={key[k]}" for k in differing), []).append(run)
+        groups.setdefault(", ".join(f"{k}={key[k]}" for k in differing if k in key), []).append(run)
     return groups
 
 

@@ -107,7 +107,7 @@ STUDIES = {
         "share-16": f"{SHARE} --chunk=16",
         "share-8-long": f"{SHARE} --chunk=8 --meta_steps=2000 --eval_interval=100",
         "share-16-long": f"{SHARE} --chunk=16 --meta_steps=2000 --eval_interval=100",
-        "rate-1e-3": "--start={out}/study-2/base/{seed} --arms=real,self,frozen,ema --self_learning_rate=1e-3",
+        "rate-1e-3": "--controls= --arms=real,self,frozen,ema --self_learning_rate=1e-3",
         "order-2": "--start={out}/study-2/base/{seed} --arms=frozen --order=2",
         "share-4-pool": f"{SHARE},pool",
         "long": f"{GISTS},real --self_steps=2500 --eval_interval=100",
@@ -205,16 +205,22 @@ def finished(folder):
     return (folder / "summary.json").exists()
 
 
-def ready(folder, command):
-    """Whether a run can start: nothing left of an earlier study writes there, and what it starts from is finished."""
-    if (folder / ".lock").exists():
-        with open(folder / ".lock") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return False
-    return all(finished(Path(str(word).split("=")[1])) for word in command
-               if str(word).startswith(("--start=", "--critic_from=")))
+def free(folder):
+    """Whether nothing left of an earlier study writes in the folder."""
+    if not (folder / ".lock").exists():
+        return True
+    with open(folder / ".lock") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+def waits_for(command):
+    """The folders of the unfinished runs that a run starts from."""
+    named = [Path(str(word).split("=", 1)[1]) for word in command if str(word).startswith(("--start=", "--critic_from="))]
+    return [folder for folder in named if not finished(folder)]
 
 
 def launch(folder, command):
@@ -230,11 +236,14 @@ def run_all(todo):
     try:
         while todo or running:
             todo = [job for job in todo if not finished(job[0])]
-            for folder, command in [job for job in todo if ready(*job)][:AT_ONCE - len(running)]:
+            can = [(folder, command) for folder, command in todo if free(folder) and not waits_for(command)]
+            for folder, command in can[:AT_ONCE - len(running)]:
                 todo.remove((folder, command))
                 running[folder] = launch(folder, command)
-            if failed and todo and not running:
-                return failed  # what is left starts from a run that failed
+            if todo and not running and all(waits_for(command) for _, command in todo):
+                for folder, command in todo:  # a run that failed, or one of a study that has not been run
+                    print(f"{folder.relative_to(OUT)} needs {waits_for(command)[0].relative_to(OUT)} first", flush=True)
+                return [*failed, *(folder for folder, _ in todo)]
             time.sleep(0.2)
             for folder in [f for f, process in running.items() if process.poll() is not None]:
                 note = ""

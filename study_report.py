@@ -268,8 +268,8 @@ def carried():
 def gist_row(what, arm, runs, shares):
     last = [next(r for r in reversed(rows) if r["arm"] == arm) for _, rows in runs]
     agree = "" if arm == "real" else pm([r["agreement"] for r in last])
-    return (f"| {what} | `{arm}` | {len(runs)} | {hack_text([s for s, _ in runs], arm)} | {pm(shares)} | {agree} | "
-            f"{np.mean([s['directions'] for s, _ in runs]):.0f} |")
+    kept = "" if arm in ("forecast", "static") else f"{np.mean([s['directions'] for s, _ in runs]):.0f}"
+    return f"| {what} | `{arm}` | {len(runs)} | {hack_text([s for s, _ in runs], arm)} | {pm(shares)} | {agree} | {kept} |"
 
 
 def gist_arms():
@@ -302,26 +302,31 @@ def forgets():
                 shares = [s["arms"][arm]["recovered"] for s, _ in runs.values()]
             else:
                 shares = recovered_at(runs, arm, base, 250)
-            lines.append(gist_row(f"`{what}`" if what else "nothing", arm, list(runs.values()), shares))
+            steps = next(iter(runs.values()))[0]["arms"][arm]["self_steps"]
+            note = "" if steps == 250 else f" (recovered at {steps:,})"
+            lines.append(gist_row((f"`{what}`" if what else "nothing") + note, arm, list(runs.values()), shares))
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
+MEANING = (  # (text, critic, score, point of study 2-meaning, arms)
+    ("synonyms", "another", "praise", "praise", ("forecast", "frozen", "static", "random")),
+    ("synonyms", "a copy of the learner", "praise", "own", ("forecast", "frozen")),
+    ("synonyms", "another", "logscore", "logscore", ("forecast", "frozen", "random")),
+    ("plays in spellings", "another", "praise", "spellings", ("forecast", "random")),
+    ("plays", "another", "praise", "plays", ("forecast", "random")))
+
+
 def meaning():
-    """Little text full of synonyms, and a critic that has read more: who learns faster, and farther."""
-    real, study = load("praise", "2-meaning"), "2-meaning"
-    lines = ["| critic | score | what stands for a gist | seeds | recovered at 100 | best gold | the same of real | "
-             "better by |", "|---|---|---|---|---|---|---|---|"]
-    for point, critic, arms in (("praise", "another", ("forecast", "frozen", "static", "random")),
-                                ("logscore", "another", ("forecast", "frozen", "random")),
-                                ("own", "a copy of the learner", ("forecast", "frozen"))):
-        for arm in arms:
-            runs = {seed: run for seed, run in load(point, study).items() if seed in real}
-            if not runs:
-                continue
+    """Little text, much of it noise, and a critic that has read more: who learns faster, and farther."""
+    lines = ["| text | critic | score | what stands for a gist | seeds | recovered at 100 | best gold | the same of real | "
+             "better by |", "|---|---|---|---|---|---|---|---|---|"]
+    for text, critic, score, point, arms in MEANING:
+        runs = load(point, "2-meaning")
+        real = runs if runs and "real" in next(iter(runs.values()))[0]["arms"] else load("praise", "2-meaning")
+        for arm in arms if runs else ():
             best = [s["arms"][arm]["gold_best"] for s, _ in runs.values()]
             goal = [real[seed][0]["arms"]["real"]["gold_best"] for seed in runs]
-            gist = dict(frozen="gists").get(arm, arm)
-            lines.append(f"| {critic} | {'praise' if point == 'own' else point} | {gist} | {len(runs)} | "
+            lines.append(f"| {text} | {critic} | {score} | {dict(frozen='gists').get(arm, arm)} | {len(runs)} | "
                          f"{pm(recovered_at(runs, arm, real, 100))} | {pm(best, 3)} | {pm(goal, 3)} | "
                          f"{pm([g - b for g, b in zip(goal, best)], 3)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
@@ -424,6 +429,8 @@ def show_arms(axis, runs, arms):
 
 def draw_gists():
     """figures/stage-2-study.png: gold on the plays, and where much of what differs is noise."""
+    if not load("praise", "2-meaning"):
+        return
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
     show_arms(left, load("base", "2"), dict(real="real", frozen="gists", random="random numbers"))
     show_arms(right, load("praise", "2-meaning"), dict(real="real", forecast="forecasts", frozen="gists",
@@ -499,7 +506,7 @@ def first_runs(study):
     return [OUT / f"study-{study}" / next(iter(STUDIES[study][1])) / str(seed) for seed in STUDIES[study][2]]
 
 
-# Tables by the study that they need; each is written when all that it reads has been run.
+# Tables by the study that they need; they are written when its first point has been run, unless the README has more.
 TABLES = {
     "1": dict(levers=lever_table, ensembles=ensemble_table, law=law, order=breaking_order, judged=cross_examination,
               watch=watch_score, rescues=rescues),
@@ -517,7 +524,10 @@ def main():
     for name, table in ((n, t) for study in ready for n, t in TABLES[study].items()):
         content = table()
         print(content, "\n")
-        if content:
+        found = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, flags=re.S)
+        if found and content.count("\n") + 1 < found[1].count("\n"):
+            print(f"{name}: left as it is, for the README has rows of runs that are not here\n")
+        elif content:
             text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", lambda m: m[1] + content + "\n" + m[2], text,
                           flags=re.S)
     README.write_text(text)

@@ -87,12 +87,12 @@ def summarise(run, meta, meta_steps, tracks, self_steps, **extra):
 
 def table(arms):
     """The arms of a summary as text, a row each."""
-    lines = [f"{'arm':<9} {'gold at start':>13} {'best':>7} {'end':>7} {'bits/byte':>10} {'steps to hack':>14} "
+    lines = [f"{'arm':<12} {'gold at start':>13} {'best':>7} {'end':>7} {'bits/byte':>10} {'steps to hack':>14} "
              f"{'first alarm':>12} {'rescues':>8} {'recovered':>10}"]
     for name, a in arms.items():
         hack = "never" if a["steps_to_hack"] is None else str(a["steps_to_hack"])
         share = "" if a["recovered"] is None else f"{a['recovered']:.2f}"
-        lines.append(f"{name:<9} {a['gold_start']:>13.3f} {a['gold_best']:>7.3f} {a['gold_end']:>7.3f} "
+        lines.append(f"{name:<12} {a['gold_start']:>13.3f} {a['gold_best']:>7.3f} {a['gold_end']:>7.3f} "
                      f"{a['bpb_end']:>10.3f} {hack:>14} {(a['alarms'] or ['none'])[0]:>12} {len(a['rescues']):>8} "
                      f"{share:>10}")
     real = arms.get("real")

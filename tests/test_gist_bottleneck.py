@@ -356,7 +356,9 @@ def test_a_critic_of_another_size_judges_and_its_run_goes_on_bit_for_bit(tmp_pat
         patch.setattr(Run, "checkpoint", checkpoint)
         with pytest.raises(SystemExit):
             in_process(monkeypatch, *settings, f"--out_dir={tmp_path}/cut")
+    (tmp_path / "critic").rename(tmp_path / "moved")  # what the run needs of it is in its checkpoint
     in_process(monkeypatch, f"--resume={tmp_path}/cut")
+    (tmp_path / "moved").rename(tmp_path / "critic")
     assert log(tmp_path / "cut") == log(tmp_path / "whole")
     judge = torch.load(tmp_path / "whole/ckpt.pt", weights_only=True)["judge"]
     theirs = torch.load(tmp_path / "critic/ckpt.pt", weights_only=True)["snapshot"]["learner"]
@@ -402,6 +404,7 @@ def test_every_path_trains(tiny, monkeypatch, path, distance, span):
     (["--candidates=1"], "candidates=1 must be 2 or more"),
     (["--prompt=nowhere.txt"], "prompt='nowhere.txt' is no file"),
     (["--path=reinforce", "--distance=praise"], "goes with path='exact'"),
+    (["--order=2", "--arms=forecast"], "leave it out with order=2"),
     (["--critic_from=out/other", "--arms=self"], "leave them out with critic_from"),
     (["--arms=forecast", "--vocab=50257"], "it needs vocab of 4096 or less"),
     (["--critic_from=nowhere"], "nowhere holds no ckpt.pt"),

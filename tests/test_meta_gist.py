@@ -470,6 +470,8 @@ def test_the_critic_of_self_is_the_learner_plus_what_it_differed_by_and_that_of_
     (["--arms=real,first"], "arm 'first' needs a chunk of 2 or more"),
     (["--critic_from=no/such/run"], "no/such/run holds no ckpt.pt"),
     (["--kappa=0"], "kappa=0.0"),
+    (["--eta=0"], "eta=0.0"),
+    (["--samples=2"], "samples=2 must be 1 with own='dense'"),
     (["--val_chunks=similar", "--block_size=24"], "block_size=24 must be a multiple of 16"),
     (["--train_tokens=20"], "asks for texts of"),
     (["--resume=no/such/run"], "holds no ckpt.pt"),

@@ -34,3 +34,9 @@ def test_a_study_killed_by_sigkill_continues_and_repeats_nothing(tmp_path):
     assert not list(tmp_path.glob("study-tiny/*/*-1")), "a run was begun anew instead of resumed"
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0 and again.stdout == ""
+
+
+def test_a_study_says_which_run_it_needs_first(tmp_path):
+    program = PROGRAM.replace('"first": small + " --meta_steps=60 --save_interval=10",', "")
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "study-tiny/second/1 needs study-tiny/first/1 first" in done.stdout
