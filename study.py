@@ -120,6 +120,8 @@ STUDIES = {
     "2-meaning": ("gist_bottleneck.py", {
         "critic": f"{MEANING} --meta_steps=2500 --batch_size=32 --learning_rate=6e-3 --arms= --eval_interval=100",
         "praise": f"{LITTLE} {READER} --distance=praise --arms=real,frozen,forecast,static,random",
+        "rank-8": f"{LITTLE} {READER} --start={{out}}/study-2-meaning/praise/{{seed}} --distance=praise --rank=8 "
+                  "--arms=forecast,frozen,random",
         "logscore": f"{LITTLE} {READER} --start={{out}}/study-2-meaning/praise/{{seed}} --arms=frozen,forecast,random",
         # what is left of it where spellings are noise and the text is real, and on the plays themselves
         "spellings-critic": f"{SPELLED} {MUCH}",

@@ -311,6 +311,7 @@ def forgets():
 MEANING = (  # (text, critic, score, point of study 2-meaning, arms)
     ("synonyms", "another", "praise", "praise", ("forecast", "frozen", "static", "random")),
     ("synonyms", "a copy of the learner", "praise", "own", ("forecast", "frozen")),
+    ("synonyms, 8 directions", "another", "praise", "rank-8", ("forecast", "frozen", "random")),
     ("synonyms", "another", "logscore", "logscore", ("forecast", "frozen", "random")),
     ("plays in spellings", "another", "praise", "spellings", ("forecast", "random")),
     ("plays", "another", "praise", "plays", ("forecast", "random")))
