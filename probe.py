@@ -3,11 +3,15 @@ What learning from gists changes in a learner, and what its gists know.
 
     python probe.py out/gist_bottleneck                 # one run
     python probe.py out/study-2/base/?                  # several seeds: means and 95 % intervals
+    python probe.py out/study-2-meaning/critic/?        # on text full of synonyms: who knows them
 
 Tables, markdown:
-1. Where cross entropy fell, by quintile of a reference model's entropy and by class of token, in the arms `frozen` and
-   `random` and in training on real tokens *at equal total gain*: real training is gone through until it has gained as much.
-2. How well a linear map reads play, speaker and place in the line off a chunk's gists, beside a bag of its tokens.
+1. Where cross entropy fell, by quintile of a reference model's entropy and by class of token, in the arms `frozen`,
+   `forecast` and `random` and in training on real tokens *at equal total gain*: real training is gone through until it has
+   gained as much.
+2. Where tokens have synonyms, what share of a token's nearest they are, by gists, forecasts and embeddings.
+3. On the plays, how well a linear map reads play, speaker and place in the line off a chunk's gists, beside a bag of its
+   tokens.
 """
 import re
 import sys
@@ -69,10 +73,6 @@ def real_at_equal_gain(state, corpus, lay, windows, start, gain, step_limit=2000
     optimizer.load_state_dict(state["snapshot"]["optimizer"])
     for group in optimizer.param_groups:
         group["lr"] = gb.self_learning_rate
-
-    class Alone:
-        def average(self, tensors):
-            pass
     before = start
     for step in range(step_limit):
         w = get_batch(corpus.train[:gb.train_tokens or None], gb.seed, gb.meta_steps + step, gb.batch_size, gb.block_size + 1)
@@ -182,6 +182,31 @@ def knowledge(folder, tokens=400_000):
             for what, label in zip(("play", "speaker", "place in the line"), labels(corpus, ids))}
 
 
+class Alone:
+    def average(self, tensors):
+        pass
+
+
+@torch.no_grad()
+def alike(folder, texts=4):
+    """{kind of gist: share of a token's m - 1 nearest that are its synonyms}, where each meaning has m tokens.
+
+    All tokens are read after each prefix of held-out text by the run's own model, and compared as its arms compare them.
+    """
+    state, corpus, lay = set_up(folder)
+    m, tokens = corpus.encoding.spellings, torch.arange(gb.vocab)
+    model, found = model_of(state["snapshot"]["learner"]), {}
+    x, starts = val_windows(corpus.val, texts, gb.block_size), gb.starts_of("cpu")
+    for kind, critic in dict(gists=gb.Critic(model, None, None), forecasts=gb.Critic(model, None, None, forecast=True),
+                             embeddings=gb.Critic(None, F.normalize(model.embed.weight[:gb.vocab], dim=-1), None)).items():
+        g = gb.gists(critic, lay, gb.past_of(critic, lay, x), starts, tokens.expand(len(x), len(starts), -1)[..., None])
+        whiten, _ = gb.whitening(Alone(), g, gb.rank, level=not critic.forecast)
+        d2 = gb.squared_distances(g @ whiten) + 1e9 * torch.eye(gb.vocab)
+        near = d2.topk(m - 1, largest=False).indices
+        found[kind] = (near // m == tokens[:, None] // m).float().mean().item()
+    return found
+
+
 def pm(values, digits):
     mean, half = interval(values)
     return f"{mean:+.{digits}f} ± {half:.{digits}f}" if len(values) > 1 else f"{mean:+.{digits}f}"
@@ -193,8 +218,6 @@ def main():
         print(__doc__.strip())
         raise SystemExit(2)
     arms = [a for a in ("frozen", "forecast", "random") if all(a in set_up(f)[0]["ends"] for f in folders)]
-    if not arms:
-        refuse(f"{folders[0]} has none of the arms frozen, forecast and random, or one of the other runs has not")
     for arm in arms:  # random: what random numbers favour too is not meaning
         changed = [texture(f, arm) for f in folders]
         print(f"| tokens | share | `{arm}`, change in nats | `real` at equal total gain | difference | seeds |\n"
@@ -203,6 +226,11 @@ def main():
             own, real, share = (np.array(v) for v in zip(*(c[name] for c in changed)))
             print(f"| {name} | {share.mean():.2f} | {pm(own, 4)} | {pm(real, 4)} | {pm(own - real, 4)} | {len(folders)} |")
         print()
+    if set_up(folders[0])[1].encoding.spellings > 1:
+        found = [alike(f) for f in folders]
+        print("| of a token's nearest, synonyms | share | seeds |\n|---|---|---|")
+        for kind in found[0]:
+            print(f"| by {kind} | {pm([f[kind] for f in found], 3)} | {len(folders)} |")
     if not gb.dataset.startswith("plays"):
         return  # play and speaker are known of the plays alone
     known = [knowledge(f) for f in folders]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import gist_bottleneck as gb
+import probe
 from model import GIST, GPT, TRUE, GPTConfig, bottleneck_mask
 
 ROOT = Path(__file__).parent.parent
@@ -368,6 +369,19 @@ def test_a_critic_of_another_size_judges_and_its_run_goes_on_bit_for_bit(tmp_pat
         with pytest.raises(SystemExit):
             in_process(monkeypatch, *settings, wrong, f"--out_dir={tmp_path}/none")
         assert says in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_the_probe_finds_the_synonyms_of_a_model_to_which_they_are_one(tmp_path, monkeypatch):
+    in_process(monkeypatch, *SMALL, "--dataset=planted-synonyms", "--vocab=64", "--arms=", "--controls=",
+               f"--out_dir={tmp_path}/run")
+    for name in vars(gb).copy():
+        monkeypatch.setattr(gb, name, getattr(gb, name))  # the probe sets them to those of the run
+    state = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
+    assert max(probe.alike(tmp_path / "run").values()) < 0.5
+    table = state["snapshot"]["learner"]["embed.weight"]
+    table[:64] = table[:64:4].repeat_interleave(4, 0)
+    torch.save(state, tmp_path / "run/ckpt.pt")
+    assert probe.alike(tmp_path / "run") == dict(gists=1, forecasts=1, embeddings=1)
 
 
 def test_two_ranks_compute_what_one_does(tmp_path):
