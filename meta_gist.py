@@ -50,7 +50,7 @@ gist_layer = 0          # blocks that a gist passes through; 0: it is the mean o
 gist_b = "truth"        # "truth" | "own+truth": what the gist of the observation reads
 samples = 1             # rollouts for each observation
 distance = "praise"     # "praise" | "logscore" | "energy" | "cosine" | "infonce" | "contrast": what the signal is of
-meta_learner = "no"     # "no" | "ce" | "both": the critic is trained at the learner itself, which moves by CE, or also by ∂O/∂θ
+meta_learner = "no"     # "no" | "ce" | "both" | "outer": the critic is trained at the learner itself, which moves by CE, or also by ∂O/∂θ
 zero_mean = True        # subtract what the critic says when it reads own text in the observation's place
 kappa = 1.0             # sharpness that the critic starts with
 eta = 10.0              # distrust of what comes after the texts have parted, that the critic starts with
@@ -493,7 +493,9 @@ def train_critic(run, corpus, nets, optimizers, at, library, tally):
         note_step(tally, loss, speak_true(learner, theta, w, said), w[:, 1:], a)
         take_step(run, critic, optimizers[1], dphi, tally)
         g = real_gradient(run, learner, theta, w)[0]
-        take_step(run, learner, optimizers[0], add(g, lam) if meta_learner == "both" else g)
+        if meta_learner == "outer":  # the control of "both": the same text, not through the inner step
+            lam = real_gradient(run, learner, theta, outer)[0]
+        take_step(run, learner, optimizers[0], g if meta_learner == "ce" else add(g, lam))
         member.clear()
         at["critic_step"] += 1
         return
