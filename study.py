@@ -108,6 +108,8 @@ STUDIES = {
         "share-8-long": f"{SHARE} --chunk=8 --meta_steps=2000 --eval_interval=100",
         "share-16-long": f"{SHARE} --chunk=16 --meta_steps=2000 --eval_interval=100",
         "rate-1e-3": "--controls= --arms=real,self,frozen,ema --self_learning_rate=1e-3",
+        "rate-1e-3-long": "--start={out}/study-2/rate-1e-3/{seed} --controls= --arms=real,self --self_learning_rate=1e-3 "
+                          "--self_steps=1500 --eval_interval=50",
         "order-2": "--start={out}/study-2/base/{seed} --arms=frozen --order=2",
         "share-4-pool": f"{SHARE},pool",
         "long": f"{GISTS},real --self_steps=2500 --eval_interval=100",
