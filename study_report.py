@@ -403,7 +403,8 @@ def chunks():
 
 
 def synonym_chunks():
-    return critic_rows({"learned by second order": "synonyms-chunk", "κ = 7 by hand, random E": "synonyms-chunk-by-hand"})
+    return critic_rows({"learned by second order": "synonyms-chunk", "the same, four rollouts": "synonyms-chunk-samples",
+                        "κ = 7 by hand, random E": "synonyms-chunk-by-hand"})
 
 
 def judges():
