@@ -159,6 +159,8 @@ STUDIES = {
         "synonyms-chunk": f"{SYNONYMS} {CHUNKS} --meta_steps=430 --arms=real,first,frozen,frozen_first",
         "synonyms-chunk-by-hand": f"{SYNONYMS} {CHUNKS} --meta_steps=30 --kappa=7 --arms=real,first,frozen,frozen_first",
         "synonyms-chunk-samples": f"{SYNONYMS} {CHUNKS} --samples=4 --meta_steps=430 --arms=real,first,frozen,frozen_first",
+        "synonyms-chunk-long": f"{SYNONYMS} {CHUNKS} --train_tokens=0 --meta_steps=430 --self_steps=2000 --eval_interval=100 "
+                               "--arms=real,first,frozen,frozen_first,self,ema",
         # a critic that begins with the embeddings of a bottleneck on the same text, as it is and by second order
         "synonyms-bottleneck": f"{SYNONYMS} {BOTTLENECK} --meta_steps=30 --kappa=7 --arms=real,frozen",
         "synonyms-bottleneck-meta": f"{SYNONYMS} {BOTTLENECK} --meta_steps=430 --arms=real,frozen",
