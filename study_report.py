@@ -423,10 +423,11 @@ def show(axis, steps, values, **style):
 
 
 def show_arms(axis, runs, arms):
-    """Gold of arms of runs {seed: (summary, rows)}; arms: {arm: what the legend says}."""
+    """Gold less that at the start, of arms of runs {seed: (summary, rows)}; arms: {arm: what the legend says}."""
     for arm, text in arms.items():
         rows = [[r for r in rows if r["arm"] == arm] for _, rows in runs.values()]
-        show(axis, [r["step"] for r in rows[0]], [[r["gold_nats"] for r in one] for one in rows], color=COLOUR[arm], label=text)
+        gold = [[r["gold_nats"] - one[0]["gold_nats"] for r in one] for one in rows]
+        show(axis, [r["step"] for r in rows[0]], gold, color=COLOUR[arm], label=text)
 
 
 def draw_gists():
@@ -437,7 +438,7 @@ def draw_gists():
     show_arms(left, load("base", "2"), dict(real="real", frozen="gists", random="random numbers"))
     show_arms(right, load("praise", "2-meaning"), dict(real="real", forecast="forecasts", frozen="gists",
                                                        random="random numbers"))
-    left.set(title="the plays", xlabel="self steps", ylabel="gold, nats a token")
+    left.set(title="the plays", xlabel="self steps", ylabel="gold less that at the start, nats")
     right.set(title="little text full of synonyms", xlabel="self steps")
     for axis in (left, right):
         axis.grid(alpha=0.2)
