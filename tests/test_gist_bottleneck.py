@@ -24,8 +24,10 @@ SMALL = ["--meta_steps=16", "--self_steps=8", "--n_embd=32", "--n_head=2", "--n_
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """The small models run faster on one thread, and the processes started here inherit it."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    before, os.environ["OMP_NUM_THREADS"] = torch.get_num_threads(), "1"
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(before)
     del os.environ["OMP_NUM_THREADS"]
 
 

@@ -31,8 +31,10 @@ CHUNKS = dict(own="rollout", chunk=4, n_gist=2, gist_layer=1, samples=2)
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """The small models run faster on one thread, and the processes started here inherit it."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    before, os.environ["OMP_NUM_THREADS"] = torch.get_num_threads(), "1"
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(before)
     del os.environ["OMP_NUM_THREADS"]
 
 
