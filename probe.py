@@ -6,10 +6,10 @@ What learning from gists changes in a learner, and what its gists know.
     python probe.py out/study-2-meaning/critic/?        # on text full of synonyms: who knows them
 
 Tables, markdown:
-1. Where cross entropy fell, by quintile of a reference model's entropy and by class of token, in the arms `frozen`,
-   `forecast` and `random` and in training on real tokens *at equal total gain*: real training is gone through until it has
-   gained as much.
-2. Where tokens have synonyms, what share of a token's nearest they are, by gists, forecasts and embeddings.
+1. Where tokens have synonyms, what share of a token's nearest they are, by gists, forecasts and embeddings.
+2. On the plays, where cross entropy fell, by quintile of a reference model's entropy and by class of token, in the arms
+   `frozen`, `forecast` and `random` and in training on real tokens *at equal total gain*: real training is gone through
+   until it has gained as much.
 3. On the plays, how well a linear map reads play, speaker and place in the line off a chunk's gists, beside a bag of its
    tokens.
 """
@@ -217,6 +217,13 @@ def main():
     if not folders:
         print(__doc__.strip())
         raise SystemExit(2)
+    if set_up(folders[0])[1].encoding.spellings > 1:
+        found = [alike(f) for f in folders]
+        print("| of a token's nearest, synonyms | share | seeds |\n|---|---|---|")
+        for kind in found[0]:
+            print(f"| by {kind} | {pm([f[kind] for f in found], 3)} | {len(folders)} |")
+    if not gb.dataset.startswith("plays"):
+        return  # classes of words, plays and speakers are of the plays alone
     arms = [a for a in ("frozen", "forecast", "random") if all(a in set_up(f)[0]["ends"] for f in folders)]
     for arm in arms:  # random: what random numbers favour too is not meaning
         changed = [texture(f, arm) for f in folders]
@@ -226,13 +233,6 @@ def main():
             own, real, share = (np.array(v) for v in zip(*(c[name] for c in changed)))
             print(f"| {name} | {share.mean():.2f} | {pm(own, 4)} | {pm(real, 4)} | {pm(own - real, 4)} | {len(folders)} |")
         print()
-    if set_up(folders[0])[1].encoding.spellings > 1:
-        found = [alike(f) for f in folders]
-        print("| of a token's nearest, synonyms | share | seeds |\n|---|---|---|")
-        for kind in found[0]:
-            print(f"| by {kind} | {pm([f[kind] for f in found], 3)} | {len(folders)} |")
-    if not gb.dataset.startswith("plays"):
-        return  # play and speaker are known of the plays alone
     known = [knowledge(f) for f in folders]
     print("| read off a chunk | its gists | a bag of its tokens | the commonest label | seeds |\n|---|---|---|---|---|")
     for name in known[0]:

@@ -130,6 +130,7 @@ STUDIES = {
         "spellings": f"{SPELLED} {LITTLE_PLAYS} --critic_from={{out}}/study-2-meaning/spellings-critic/{{seed}}",
         "plays-critic": MUCH,
         "plays": f"{LITTLE_PLAYS} --critic_from={{out}}/study-2-meaning/plays-critic/{{seed}}",
+        # for study 3: a bottleneck on the text of `synonyms`
         "critic-256": "--dataset=planted-synonyms --vocab=256 --train_tokens=40000 --n_layer=2 --n_head=2 --n_embd=64 "
                       "--block_size=32 --batch_size=32 --meta_steps=1000 --arms= --controls= --eval_interval=100",
         "own": f"{LITTLE} --start={{out}}/study-2-meaning/praise/{{seed}} --distance=praise --arms=frozen,forecast",

@@ -294,11 +294,11 @@ def forgets():
         if name in ("base", "arms") or name.startswith("share") or not point:
             continue
         what = " ".join(w for w in settings.split() if not w.startswith(("--start", "--arms", "--eval_interval")))
-        for arm in (a for a in ("self", "frozen", "ema", "forecast", "random") if a in settings):
+        for arm in ("self", "frozen", "ema", "forecast", "random"):
             runs = {seed: run for seed, run in point.items() if arm in run[0]["arms"]}
             if not runs:
                 continue
-            if "real" in settings:  # beside its own real arm, at its own end
+            if all("real" in s["arms"] for s, _ in runs.values()):  # beside its own real arm, at its own end
                 shares = [s["arms"][arm]["recovered"] for s, _ in runs.values()]
             else:
                 shares = recovered_at(runs, arm, base, 250)
@@ -403,8 +403,16 @@ def chunks():
 
 
 def synonym_chunks():
-    return critic_rows({"learned by second order": "synonyms-chunk", "the same, four rollouts": "synonyms-chunk-samples",
-                        "κ = 7 by hand, random E": "synonyms-chunk-by-hand"})
+    """What chunks that the learner writes alone are worth, and by seed what `frozen` gains over the two controls."""
+    points = {"learned by second order": "synonyms-chunk", "the same, four rollouts": "synonyms-chunk-samples",
+              "κ = 7 by hand, random E": "synonyms-chunk-by-hand"}
+    lines = []
+    for text, name in points.items():
+        ends = [{arm: a["gold_end"] for arm, a in s["arms"].items()} for s, _ in load(name, "3").values()]
+        ahead = [pm([e[arm] - e["frozen"] for e in ends], 3) for arm in ("first", "frozen_first")]
+        if ends:
+            lines.append(f"{text}: by seed `frozen` ends {ahead[0]} nats below `first` and {ahead[1]} below `frozen_first`.")
+    return "\n\n".join((critic_rows(points), *lines)) if lines else ""
 
 
 def judges():

@@ -379,7 +379,7 @@ def test_the_probe_finds_the_synonyms_of_a_model_to_which_they_are_one(tmp_path,
     for name in vars(gb).copy():
         monkeypatch.setattr(gb, name, getattr(gb, name))  # the probe sets them to those of the run
     state = torch.load(tmp_path / "run/ckpt.pt", weights_only=True)
-    assert max(probe.alike(tmp_path / "run").values()) < 0.5
+    assert probe.alike(tmp_path / "run")["embeddings"] < 0.2  # random; a token is not its own synonym
     table = state["snapshot"]["learner"]["embed.weight"]
     table[:64] = table[:64:4].repeat_interleave(4, 0)
     torch.save(state, tmp_path / "run/ckpt.pt")
