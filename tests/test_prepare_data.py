@@ -155,6 +155,20 @@ def test_spellings_hide_the_tokens_of_the_plays_and_read_as_the_plays_do(plays):
     assert np.array_equal(pd.true_classes(corpus), np.arange(512))
 
 
+def test_spellings_of_characters_are_those_of_the_plays_in_lower_case(plays):
+    root, corpus = plays
+    pd.prepare("plays-spellings", 144, root)
+    spelled = pd.open_corpus("plays-spellings", 144, root)
+    kept = set("abcdefghijklmnopqrstuvwxyz \n.,;:!?'-")
+    new = pd.decode(spelled, spelled.val)
+    assert set(new) == kept
+    same = new == "".join(filter(kept.__contains__, pd.decode(corpus, corpus.val).lower()))
+    assert same  # by name, for a difference of long texts would take minutes to print
+    assert np.array_equal(np.bincount(pd.true_classes(spelled)), [4] * 36)
+    assert spelled.token_bytes[spelled.val].sum() == spelled.meta["val"]["bytes"] == len(new)
+    assert spelled.meta["tokenizer"] == "characters"
+
+
 def entropy(counts):
     """Nats of the last axis given the others, of an array of counts."""
     n = counts.sum(-1, keepdims=True)
@@ -226,7 +240,7 @@ def test_synonyms_hide_500_words_of_the_plays_and_nothing_else(plays):
 
 
 @pytest.mark.parametrize("name, vocab", [("planted-synonyms", 512), ("planted-facts", 512),
-                                         ("plays-spellings", 1200), ("plays-synonyms", 300)])
+                                         ("plays-spellings", 1200), ("plays-spellings", 104), ("plays-synonyms", 300)])
 def test_a_planted_corpus_is_made_of_constants_alone(plays, tmp_path, monkeypatch, name, vocab):
     monkeypatch.setattr(pd, "PLANTED_WORDS", {"train": 30_000, "val": 3_000})
     monkeypatch.setattr(pd, "FREQUENT", 5)
@@ -327,7 +341,8 @@ def test_unfit_text_and_vocabulary_are_refused(tmp_path, capsys):
 @pytest.mark.parametrize("name, vocab, word", [
     ("planted-synonyms", 130, "a multiple of 4 from 64 to 512"), ("planted-facts", 300, "they are --vocab=512"),
     ("plays-spellings", 2050, "so that --vocab=2048 has a BPE of 512 below it"),
-    ("plays-spellings", 512, "vocab=512 must be a multiple of 4 from 1024 on"),
+    ("plays-spellings", 512, "from 64 to 192 for the commonest characters in lower case, or from 1024 on"),
+    ("plays-spellings", 60, "from 64 to 192"), ("plays-spellings", 130, "vocab=130 must be a multiple of 4"),
     ("plays-spellings", 2**17, "or another number up to 65536")])
 def test_a_planted_corpus_names_the_vocabulary_that_it_needs(tmp_path, capsys, name, vocab, word):
     refused(capsys, tmp_path, lambda: pd.prepare(name, vocab, tmp_path), word)
