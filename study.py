@@ -40,11 +40,11 @@ MEANING = ("--dataset=planted-synonyms --vocab=128 --n_layer=2 --n_embd=64 --blo
            "--eval_windows=256")
 LITTLE = (f"{MEANING} --train_tokens=5000 --meta_steps=60 --batch_size=16 --learning_rate=3e-3 --candidates=32 "
           "--every=1 --self_learning_rate=1e-3 --self_steps=200 --eval_interval=20")
-SPELLED = "--dataset=plays-spellings --vocab=1024"
+SPELLED = "--dataset=plays-spellings --vocab=144"
 MUCH = "--n_layer=2 --n_embd=64 --block_size=32 --batch_size=32 --meta_steps=3000 --arms= --controls= --eval_interval=100"
-LITTLE_PLAYS = ("--n_layer=2 --n_embd=64 --block_size=32 --controls= --train_tokens=40000 --meta_steps=150 --batch_size=16 "
-                "--learning_rate=3e-3 --candidates=32 --every=1 --self_learning_rate=1e-3 --self_steps=300 "
-                "--eval_interval=20 --eval_windows=256 --distance=praise --arms=real,forecast,random")
+LITTLE_PLAYS = ("--n_layer=2 --n_embd=64 --block_size=32 --controls= --batch_size=16 --learning_rate=3e-3 --every=1 "
+                "--self_learning_rate=1e-3 --eval_interval=20 --eval_windows=256 --distance=praise "
+                "--arms=real,frozen,forecast,random")
 READER = "--critic_from={out}/study-2-meaning/critic/{seed}"
 SHARE = "--arms= --controls=full,none"
 
@@ -116,6 +116,8 @@ STUDIES = {
         "share-4-pool": f"{SHARE},pool",
         "long": f"{GISTS},real --self_steps=2500 --eval_interval=100",
         "arms": "--start={out}/study-2/base/{seed} --arms=self,ema,shuffled,sharpen,static",
+        "gists-2": "--n_gist=2 --controls= --arms=real,frozen,random",
+        "gists-4": "--n_gist=4 --controls= --arms=real,frozen,random",
         "span-2": f"{GISTS} --span=2 --path=reinforce --distance=energy",
         "share-4-spread": f"{SHARE} --n_gist=2 --place=spread",
         "share-4-reconstruct": f"{SHARE} --reconstruct=0.1",
@@ -129,9 +131,11 @@ STUDIES = {
         "logscore": f"{LITTLE} {READER} --start={{out}}/study-2-meaning/praise/{{seed}} --arms=frozen,forecast,random",
         # what is left of it where spellings are noise and the text is real, and on the plays themselves
         "spellings-critic": f"{SPELLED} {MUCH}",
-        "spellings": f"{SPELLED} {LITTLE_PLAYS} --critic_from={{out}}/study-2-meaning/spellings-critic/{{seed}}",
+        "spellings": f"{SPELLED} --train_tokens=20000 --meta_steps=100 --candidates=100 --self_steps=160 {LITTLE_PLAYS} "
+                     "--critic_from={out}/study-2-meaning/spellings-critic/{seed}",
         "plays-critic": MUCH,
-        "plays": f"{LITTLE_PLAYS} --critic_from={{out}}/study-2-meaning/plays-critic/{{seed}}",
+        "plays": f"--train_tokens=40000 --meta_steps=150 --candidates=32 --self_steps=300 {LITTLE_PLAYS} "
+                 "--critic_from={out}/study-2-meaning/plays-critic/{seed}",
         # for study 3: a bottleneck on the text of `synonyms`
         "critic-256": "--dataset=planted-synonyms --vocab=256 --train_tokens=40000 --n_layer=2 --n_head=2 --n_embd=64 "
                       "--block_size=32 --batch_size=32 --meta_steps=1000 --arms= --controls= --eval_interval=100",
