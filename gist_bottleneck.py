@@ -259,8 +259,10 @@ def squared_distances(g):
 
 
 def effective_rank(values):
-    """exp of the entropy of eigenvalues [K] as shares: how many directions they fill."""
-    share = values.clamp_min(0) / values.sum()
+    """exp of the entropy of eigenvalues [K] as shares: how many directions they fill. 1 of what does not differ at all,
+    whose eigenvalues are rounding of either sign."""
+    values = values.clamp_min(0)
+    share = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
     return torch.special.entr(share).sum().exp().item()
 
 

@@ -152,6 +152,8 @@ STUDIES = {
         "synonyms-10000-by-hand": f"{SYNONYMS} --meta_steps=30 --kappa=7 --arms=real,frozen --train_tokens=10000",
         "spellings": f"{SPELLINGS} --meta_steps=1550 --arms=real,frozen,shuffled",
         "spellings-by-hand": f"{SPELLINGS} --meta_steps=50 --kappa=7 --arms=real,frozen",
+        "spellings-20000": f"{SPELLINGS} --meta_steps=1550 --arms=real,frozen --train_tokens=20000",
+        "spellings-20000-by-hand": f"{SPELLINGS} --meta_steps=50 --kappa=7 --arms=real,frozen --train_tokens=20000",
         "untrained": "--meta_steps=400 --arms=real,frozen",
         "by-hand": "--meta_steps=400 --kappa=7 --arms=real,frozen",
         "next": "--val_chunks=next --arms=real,frozen",

@@ -286,6 +286,11 @@ def test_second_order_equals_finite_differences(tiny, monkeypatch):
     assert torch.allclose(-(values[0] - values[1]) / (2 * eps), slope, rtol=1e-5)  # the gain falls as the loss rises
 
 
+@pytest.mark.parametrize("values, rank", [((2, 2, 2, 0), 3), ((1, 1, -1e-9), 2), ((-2e-20, 1e-20), 1), ((0, 0), 1)])
+def test_effective_rank_counts_directions_and_is_finite_of_rounding_alone(values, rank):
+    assert gb.effective_rank(torch.tensor(values, dtype=torch.float32)) == pytest.approx(rank, rel=1e-6)
+
+
 def test_whitened_gists_are_at_distance_one_on_average():
     class Alone:
         def average(self, tensors):
