@@ -259,8 +259,8 @@ def squared_distances(g):
 
 
 def effective_rank(values):
-    """exp of the entropy of eigenvalues [K] as shares: how many directions they fill. 1 of what does not differ at all,
-    whose eigenvalues are rounding of either sign."""
+    """exp of the entropy of eigenvalues [K] as shares: how many directions they fill; 1 where all are 0, or rounding of
+    either sign."""
     values = values.clamp_min(0)
     share = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
     return torch.special.entr(share).sum().exp().item()
@@ -512,6 +512,7 @@ def examine(run, critic, lay, probe):
     d2 = (clean - rough).square().sum(-1)
     differ = (both[:, :, 0] != both[:, :, 1]).any(-1)
     off = raw - raw.mean(0)
+    off[off.abs() < torch.finfo(raw.dtype).eps * raw.abs().max()] = 0  # LAPACK makes NaN of gists alike but for rounding
     values = torch.linalg.eigvalsh(off.T @ off if off.size(1) < len(off) else off @ off.T)  # alike but for zeros
     return dict(agreement_probe=(d2[..., 0] < d2[..., 1])[differ].float().mean().item(),
                 gist_std=raw.std(0).mean().item(), gist_rank=effective_rank(values))

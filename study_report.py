@@ -439,18 +439,20 @@ def show_arms(axis, runs, arms):
 
 
 def draw_gists():
-    """figures/stage-2-study.png: gold on the plays, and where much of what differs is noise."""
-    if not load("praise", "2-meaning"):
+    """figures/stage-2-study.png: gold on the plays, and on texts in which much of what differs is noise."""
+    meant = dict(real="real", forecast="forecasts", frozen="gists", random="random numbers")
+    panels = (("the plays", load("base", "2"), dict(real="real", frozen="gists", random="random numbers")),
+              ("little text full of synonyms", load("praise", "2-meaning"), meant),
+              ("little of the plays, in random spellings", load("spellings", "2-meaning"), meant))
+    if not all(runs for _, runs, _ in panels):
         return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
-    show_arms(left, load("base", "2"), dict(real="real", frozen="gists", random="random numbers"))
-    show_arms(right, load("praise", "2-meaning"), dict(real="real", forecast="forecasts", frozen="gists",
-                                                       random="random numbers"))
-    left.set(title="the plays", xlabel="self steps", ylabel="gold less that at the start, nats")
-    right.set(title="little text full of synonyms", xlabel="self steps")
-    for axis in (left, right):
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4))
+    for axis, (title, runs, arms) in zip(axes, panels):
+        show_arms(axis, runs, arms)
+        axis.set(title=title, xlabel="self steps")
         axis.grid(alpha=0.2)
         axis.legend(fontsize=8)
+    axes[0].set_ylabel("gold less that at the start, nats")
     figure.tight_layout()
     figure.savefig(FIGURES / "stage-2-study.png", dpi=120)
 
