@@ -258,6 +258,12 @@ def squared_distances(g):
     return d2 * ~torch.eye(g.size(-2), dtype=torch.bool, device=g.device)  # a square root has no slope at 0
 
 
+def directions(symmetric):
+    """(eigenvalues [D], ascending, eigenvectors [D, D]) of a matrix, in float64 on the CPU: in float32 LAPACK makes NaN, or
+    gives up, where gists are alike but for rounding, as they are at the first step."""
+    return (found.to(symmetric) for found in torch.linalg.eigh(symmetric.cpu().double()))
+
+
 def effective_rank(values):
     """exp of the entropy of eigenvalues [K] as shares: how many directions they fill; 1 where all are 0, or rounding of
     either sign."""
@@ -273,7 +279,7 @@ def whitening(run, g, keep, level=True):
     off = (g - g.mean(2, keepdim=True)).flatten(0, 2)
     covariance = off.T @ off / len(off)
     run.average([covariance])
-    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = directions(covariance)
     kept = values > 1e-5 * values[-1]
     kept &= torch.arange(len(values), device=g.device) >= len(values) - (keep or len(values))
     M = g.size(2)
@@ -512,8 +518,7 @@ def examine(run, critic, lay, probe):
     d2 = (clean - rough).square().sum(-1)
     differ = (both[:, :, 0] != both[:, :, 1]).any(-1)
     off = raw - raw.mean(0)
-    off[off.abs() < torch.finfo(raw.dtype).eps * raw.abs().max()] = 0  # LAPACK makes NaN of gists alike but for rounding
-    values = torch.linalg.eigvalsh(off.T @ off if off.size(1) < len(off) else off @ off.T)  # alike but for zeros
+    values, _ = directions(off.T @ off if off.size(1) < len(off) else off @ off.T)  # their eigenvalues: alike but for zeros
     return dict(agreement_probe=(d2[..., 0] < d2[..., 1])[differ].float().mean().item(),
                 gist_std=raw.std(0).mean().item(), gist_rank=effective_rank(values))
 
