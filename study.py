@@ -44,7 +44,7 @@ SPELLED = "--dataset=plays-spellings --vocab=144"
 MUCH = "--n_layer=2 --n_embd=64 --block_size=32 --batch_size=32 --meta_steps=3000 --arms= --controls= --eval_interval=100"
 LITTLE_PLAYS = ("--n_layer=2 --n_embd=64 --block_size=32 --controls= --batch_size=16 --learning_rate=3e-3 --every=1 "
                 "--self_learning_rate=1e-3 --eval_interval=20 --eval_windows=256 --distance=praise "
-                "--arms=real,frozen,forecast,random")
+                "--arms=real,frozen,forecast,static,random")
 READER = "--critic_from={out}/study-2-meaning/critic/{seed}"
 SHARE = "--arms= --controls=full,none"
 

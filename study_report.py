@@ -313,7 +313,7 @@ MEANING = (  # (text, critic, score, point of study 2-meaning, arms)
     ("synonyms", "a copy of the learner", "praise", "own", ("forecast", "frozen")),
     ("synonyms, 8 directions", "another", "praise", "rank-8", ("forecast", "frozen", "random")),
     ("synonyms", "another", "logscore", "logscore", ("forecast", "frozen", "random")),
-    ("plays in spellings", "another", "praise", "spellings", ("forecast", "frozen", "random")),
+    ("plays in spellings", "another", "praise", "spellings", ("forecast", "frozen", "static", "random")),
     ("plays", "another", "praise", "plays", ("forecast", "random")))
 
 
