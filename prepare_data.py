@@ -24,6 +24,7 @@ Planted corpora, of which it is known what there is to learn; none needs a downl
     planted-synonyms, 512   1,000,000      100,000           5.000   optimum 3.0898 nats a token, log 4 of them noise
     planted-facts, 512      1,000,002      100,002           4.842   31,541 and 3,089 answers; chance is log 128 nats
     plays-spellings, 4 V            as the plays at V tokens         class of an id: true_classes
+    plays-spellings, 144    4,480,991      472,801           1.000   in lower case, 36 characters
     plays-synonyms, 512     2,651,409      278,599           1.742   which spellings are one word's: synonyms
 
 Documents in, tokens out: every corpus is a series of documents, each for training or for validation. The folder

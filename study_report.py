@@ -33,8 +33,8 @@ def at(rows, arm, step, name="gold_nats"):
 
 
 def pm(values, digits=2):
-    """mean ± half of the 95 % interval."""
-    if not len(values):
+    """mean ± half of the 95 % interval; nothing where a value is missing, as `recovered` is if real training gained nothing."""
+    if not len(values) or any(v is None for v in values):
         return ""
     mean, half = interval(values)
     return f"{mean:.{digits}f} ± {half:.{digits}f}" if len(values) > 1 else f"{mean:.{digits}f}"
@@ -366,7 +366,8 @@ SYNONYMS = {  # text: point of study 3
     "10,000 tokens of text, learned": "synonyms-10000", "10,000 tokens, by hand": "synonyms-10000-by-hand",
     "a bottleneck's embeddings, κ = 7": "synonyms-bottleneck",
     "a bottleneck's, then second order": "synonyms-bottleneck-meta",
-    "the plays in spellings, learned": "spellings", "the plays in spellings, by hand": "spellings-by-hand"}
+    "the plays in spellings, learned": "spellings", "the plays in spellings, by hand": "spellings-by-hand",
+    "20,000 tokens of them, learned": "spellings-20000", "20,000 tokens, by hand": "spellings-20000-by-hand"}
 
 
 def synonyms():
