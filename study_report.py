@@ -305,7 +305,20 @@ def forgets():
             steps = next(iter(runs.values()))[0]["arms"][arm]["self_steps"]
             note = "" if steps == 250 else f" (recovered at {steps:,})"
             lines.append(gist_row((f"`{what}`" if what else "nothing") + note, arm, list(runs.values()), shares))
-    return "\n".join(lines) if len(lines) > 2 else ""
+    return "\n".join([*lines, "", beside_random()]) if len(lines) > 2 else ""
+
+
+def beside_random():
+    """What contextual gists recover more than random ones, seed by seed, of real training in as many steps."""
+    found = []
+    for name in STUDIES["2"][1]:
+        runs = {seed: run for seed, run in load(name, "2").items() if {"frozen", "random"} <= set(run[0]["arms"])}
+        if len(runs) > 2:
+            real = runs if all("real" in s["arms"] for s, _ in runs.values()) else load("base", "2")
+            steps = next(iter(runs.values()))[0]["arms"]["frozen"]["self_steps"]
+            gists, random = (recovered_at(runs, arm, real, steps) for arm in ("frozen", "random"))
+            found.append(f"{name} {pm([a - b for a, b in zip(gists, random)])}")
+    return "What gists recover more than random numbers, by seed: " + ", ".join(found) + "."
 
 
 MEANING = (  # (text, critic, score, point of study 2-meaning, arms)
