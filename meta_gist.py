@@ -90,6 +90,7 @@ eval_windows = 128      # held-out sequences that gold is measured on
 save_interval = 200     # steps between two checkpoints
 device = "auto"         # "auto" | "cuda" | "mps" | "cpu": auto takes the first that is there
 dtype = "float32"       # "float32" | "bfloat16" | "float64": bfloat16 is autocast over float32 weights
+compile = False         # torch.compile of the gradients; minutes before the first steps, then faster
 out_dir = "out/meta_gist"  # the run's folder; an earlier run there is moved aside
 resume = ""             # the folder of a run to go on with
 start = ""              # the folder of a run whose finished meta phase to start from, instead of one's own
@@ -100,7 +101,7 @@ REAL = ("real", "first")  # arms with real targets
 FIRST = ("first", "frozen_first")  # arms that learn of the first token of a chunk alone, which follows a true prefix
 # Settings that the meta phase does not read: with `start`, the others must be those of the run started from.
 SELF_PHASE = ("arms", "self_steps", "hack_margin", "self_rate", "ema_decay", "eval_interval",
-              "eval_windows", "save_interval", "device", "out_dir", "resume", "start", "wandb_log")
+              "eval_windows", "save_interval", "device", "compile", "out_dir", "resume", "start", "wandb_log")
 # Independent streams of data and of random numbers.
 TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE = range(7)
 SCALARS = ("log_eta", "log_kappa")  # of the critic, beside its network
@@ -237,17 +238,27 @@ def inner_gradient(nets, theta, phi, batch, u, average, every=1):
 
     L is of each `every`-th own token, and g with it; what is said, and a, are of all.
     """
+    y = write(nets[0], theta, batch[0][:, :-1], u)
+    g, (loss, (p, a)) = signal_gradient(nets, theta, phi, batch, y, every)
+    average(list(g.values()))
+    return (y, p), a, g, loss
+
+
+def signal_gradient(nets, theta, phi, batch, y, every):
+    """(∇_θ L on this rank, (L, (p, a))), of own texts y."""
     (learner, critic), (w, seen) = nets, batch
-    y = write(learner, theta, w[:, :-1], u)
 
     def loss(th):
         logp = log_p(learner, th, w[:, :-1], y)
         p = logp.detach().exp()
         a = signal(critic, phi, w, seen, (y, p))
         return inner_loss(a[..., ::every, :], logp[..., ::every, :]), (p, a)
-    g, (loss, (p, a)) = grad_and_value(loss, has_aux=True)(theta)
-    average(list(g.values()))
-    return (y, p), a, g, loss
+    return grad_and_value(loss, has_aux=True)(theta)
+
+
+def text_gradient(learner, theta, w, every=1):
+    """(∇_θ of the cross entropy of text w on this rank, nats a token)."""
+    return grad_and_value(lambda th: cross_entropy(learner, th, w, every))(theta)
 
 
 def inner_step(theta, g):
@@ -315,7 +326,7 @@ def meta_step(nets, theta, phi, batches, chances, outer, average):
     if mixed == "graph":
         dphi, loss = grad_and_value(unrolled, 2)(nets, trail[0][0], phi, trail, outer)
         return dphi, loss, theta, heard
-    lam, loss = grad_and_value(lambda th: cross_entropy(nets[0], th, outer))(theta)          # λ = ∇O(θ_S)
+    lam, loss = text_gradient(nets[0], theta, outer)             # λ = ∇O(θ_S)
     average(list(lam.values()))
     dphi = {n: torch.zeros_like(p) for n, p in phi.items()}
     for k, (before, g, batch, y) in reversed(list(enumerate(trail))):
@@ -432,7 +443,7 @@ def take_step(run, module, optimizer, g, tally=None):
 
 def real_gradient(run, learner, theta, w, every=1):
     """(∇ of the cross entropy of text w averaged over ranks, nats a token), of each `every`-th token."""
-    g, loss = grad_and_value(lambda th: cross_entropy(learner, th, w, every))(theta)
+    g, loss = text_gradient(learner, theta, w, every)
     run.average(list(g.values()))
     return g, loss
 
@@ -810,6 +821,9 @@ def main():
         at["meta"], at["snapshot"] = read_meta_phase(
             start, run.stage, run.device, run.settings, SELF_PHASE, at["corpus"])
         at["arm"], at["found"] = "start", at["snapshot"]["found"]
+    if compile:
+        for step in (text_gradient, signal_gradient, mixed_product):
+            globals()[step.__name__] = torch.compile(step)
     gold = Gold(val_windows(corpus.val, eval_windows, block_size + 1), corpus.token_bytes, run, batch_size // run.ranks)
     probe = *stored_probe(run, corpus), questions(run, corpus)
     size = sum(p.numel() * p.element_size() for p in [*learner.parameters(), *critic.parameters()])
