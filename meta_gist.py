@@ -821,9 +821,9 @@ def main():
         at["meta"], at["snapshot"] = read_meta_phase(
             start, run.stage, run.device, run.settings, SELF_PHASE, at["corpus"])
         at["arm"], at["found"] = "start", at["snapshot"]["found"]
-    if compile:
-        for step in (text_gradient, signal_gradient, mixed_product):
-            globals()[step.__name__] = torch.compile(step)
+    if compile:  # whole functions: a compiled module would run as it is written inside torch.func's transforms
+        for function in (text_gradient, signal_gradient, mixed_product):
+            globals()[function.__name__] = torch.compile(function)
     gold = Gold(val_windows(corpus.val, eval_windows, block_size + 1), corpus.token_bytes, run, batch_size // run.ranks)
     probe = *stored_probe(run, corpus), questions(run, corpus)
     size = sum(p.numel() * p.element_size() for p in [*learner.parameters(), *critic.parameters()])
