@@ -6,10 +6,9 @@ What differs from GPT-2:
 - rotary positions that the caller gives, since own and true tokens of a chunk share theirs;
 - relu² in the MLP; no biases; head and embedding untied;
 - output projections and the head start at zero, so that the untrained model predicts uniformly;
-- special tokens (LOSS, later gists) are extra rows of the embedding, and are never predicted;
-- attention by a rule over (kind, chunk, position) of query and key: `attention_mask` draws every layout;
-- the input may be embeddings instead of tokens: stage 3's gists enter as means of them;
-- parameters work as a plain dict: `torch.func.functional_call(model, params, (tokens,))`.
+- special tokens (LOSS, gists) are extra rows of the embedding, and are never predicted;
+- one rule says who attends to whom, from (kind, chunk, position): `attention_mask` draws every layout;
+- parameters work as a plain dict: `torch.func.functional_call(model, theta, (tokens,))`.
 
 Dimensions: B sequences, L tokens in each, C = n_embd, H heads of D = C / H, V = vocab_size, S cached tokens.
 """
@@ -29,91 +28,63 @@ class GPTConfig:
     n_embd: int = 128
 
 
-# ----------------------------------------------------------------------------------------------
-# who sees whom
+# ---- who sees whom
 
 # kinds of token: the world's, the learner's own, and gists of the one and of the other
 TRUE, OWN, GIST, OWN_GIST = range(4)
 
+# within a chunk: what each kind (row) sees of each kind (column), up to itself
+WITHIN = ((1, 0, 0, 0),  # TRUE
+          (0, 1, 0, 0),  # OWN
+          (1, 0, 1, 0),  # GIST
+          (0, 1, 0, 1))  # OWN_GIST
 
-def attention_mask(kind, chunk, pos, truth_beside_own=False):
+# of earlier chunks: what everybody sees of each kind
+EARLIER = dict(text=(1, 0, 0, 0), gist=(0, 0, 1, 0), full=(1, 0, 1, 0), none=(0, 0, 0, 0))
+
+
+def attention_mask(kind, chunk, pos, earlier="text"):
     """Who attends to whom: bool [L, L], row = query, column = key.
 
-    kind, chunk, pos: int [L] each. The rule:
-    - a true token attends to true tokens at its own and earlier positions;
-    - an own token attends to the true tokens of earlier chunks, and to the own tokens of its chunk up to itself;
-    - a gist of true text (GIST) attends to true tokens at its own and earlier positions, and to itself; with
-      truth_beside_own also to the own tokens of its chunk up to its position;
-    - a gist of own text (OWN_GIST) attends to the true tokens of earlier chunks, to the own tokens of its chunk up to
-      its position, and to itself.
+    kind, chunk, pos: int [L] each. Within its chunk a token sees what WITHIN allows, up to itself: earlier
+    positions, and of its own position what stands before it. Of earlier chunks it sees what `earlier` names.
+    Raises ValueError for an unknown one.
 
-    Text is all true and one chunk, and so are the critic's triples (pred, obs, LOSS). Both are causal:
+    Text is all true and one chunk, and so are the critic's triples (own, obs, LOSS): both are causal.
 
-              x0 x1 x2 x3                    p0 o0 L0 p1 o1 L1      (positions 0 to 5)
-        x0     1  .  .  .               p0    1  .  .  .  .  .
-        x1     1  1  .  .               o0    1  1  .  .  .  .
-        x2     1  1  1  .               L0    1  1  1  .  .  .
-        x3     1  1  1  1               p1    1  1  1  1  .  .
-                                        o1    1  1  1  1  1  .
-                                        L1    1  1  1  1  1  1
+    earlier = "text", two chunks of two tokens, own tokens y beside true tokens x (y2 has the position of x2):
 
-    Two chunks of two tokens, own tokens y beside true tokens x, and behind them the gists A of the own chunks and B of
-    the true ones (y2 has the position of x2; a gist has that of the last token it reads). Without the gists it is a
-    rollout. o is what truth_beside_own adds:
+                  x0 x1 x2 x3 y0 y1 y2 y3
+        chunk      0  0  1  1  0  0  1  1
+        position   0  1  2  3  0  1  2  3
+        x0         1  .  .  .  .  .  .  .
+        x1         1  1  .  .  .  .  .  .
+        x2         1  1  1  .  .  .  .  .
+        x3         1  1  1  1  .  .  .  .
+        y0         .  .  .  .  1  .  .  .
+        y1         .  .  .  .  1  1  .  .
+        y2         1  1  .  .  .  .  1  .
+        y3         1  1  .  .  .  .  1  1
 
-                  x0 x1 x2 x3 y0 y1 y2 y3 A0 A1 B0 B1
-        chunk      0  0  1  1  0  0  1  1  0  1  0  1
-        position   0  1  2  3  0  1  2  3  1  3  1  3
-        x0         1  .  .  .  .  .  .  .  .  .  .  .
-        x1         1  1  .  .  .  .  .  .  .  .  .  .
-        x2         1  1  1  .  .  .  .  .  .  .  .  .
-        x3         1  1  1  1  .  .  .  .  .  .  .  .
-        y0         .  .  .  .  1  .  .  .  .  .  .  .
-        y1         .  .  .  .  1  1  .  .  .  .  .  .
-        y2         1  1  .  .  .  .  1  .  .  .  .  .
-        y3         1  1  .  .  .  .  1  1  .  .  .  .
-        A0         .  .  .  .  1  1  .  .  1  .  .  .
-        A1         1  1  .  .  .  .  1  1  .  1  .  .
-        B0         1  1  .  .  o  o  .  .  .  .  1  .
-        B1         1  1  1  1  .  .  o  o  .  .  .  1
+    Two chunks of two tokens, each with a gist G at its end, which has the position of the token before it:
+
+                 earlier = "gist"            "full"                  "none"
+                x0 x1 G0 x2 x3 G1      x0 x1 G0 x2 x3 G1      x0 x1 G0 x2 x3 G1
+        x0       1  .  .  .  .  .       1  .  .  .  .  .       1  .  .  .  .  .
+        x1       1  1  .  .  .  .       1  1  .  .  .  .       1  1  .  .  .  .
+        G0       1  1  1  .  .  .       1  1  1  .  .  .       1  1  1  .  .  .
+        x2       .  .  1  1  .  .       1  1  1  1  .  .       .  .  .  1  .  .
+        x3       .  .  1  1  1  .       1  1  1  1  1  .       .  .  .  1  1  .
+        G1       .  .  1  1  1  1       1  1  1  1  1  1       .  .  .  1  1  1
     """
-    q_kind, k_kind = kind[:, None], kind[None, :]
-    q_chunk, k_chunk = chunk[:, None], chunk[None, :]
-    earlier = pos[None, :] <= pos[:, None]
-    of_truth, of_own = (q_kind == TRUE) | (q_kind == GIST), (q_kind == OWN) | (q_kind == OWN_GIST)
-    truth_sees_true = of_truth & (k_kind == TRUE) & earlier
-    own_sees_true = of_own & (k_kind == TRUE) & (k_chunk < q_chunk)
-    sees_own = of_own | (q_kind == GIST) if truth_beside_own else of_own
-    sees_own = sees_own & (k_kind == OWN) & (k_chunk == q_chunk) & earlier
-    itself = torch.eye(len(kind), dtype=torch.bool, device=kind.device)
-    return truth_sees_true | own_sees_true | sees_own | itself
-
-
-def bottleneck_mask(chunk, kind, how):
-    """Who attends to whom where text is cut into chunks and earlier chunks are read through their gists.
-
-    chunk, kind (TRUE or GIST): int [L] each, in the order of the sequence. Returns bool [L, L]: everything sees its own
-    chunk up to itself, and of earlier chunks: with how = "gist" (and "pool") their gists alone, with "full" all of
-    them, with "none" nothing. Two chunks of two tokens x, each with a gist G at its end:
-
-                    gist, pool                  full                    none
-                x0 x1 G0 x2 x3 G1        x0 x1 G0 x2 x3 G1       x0 x1 G0 x2 x3 G1
-        x0       1  .  .  .  .  .         1  .  .  .  .  .        1  .  .  .  .  .
-        x1       1  1  .  .  .  .         1  1  .  .  .  .        1  1  .  .  .  .
-        G0       1  1  1  .  .  .         1  1  1  .  .  .        1  1  1  .  .  .
-        x2       .  .  1  1  .  .         1  1  1  1  .  .        .  .  .  1  .  .
-        x3       .  .  1  1  1  .         1  1  1  1  1  .        .  .  .  1  1  .
-        G1       .  .  1  1  1  1         1  1  1  1  1  1        .  .  .  1  1  1
-
-    Raises ValueError for another `how`.
-    """
-    causal = torch.ones(len(chunk), len(chunk), dtype=torch.bool, device=chunk.device).tril()
-    same = chunk[:, None] == chunk[None, :]
-    if how in ("gist", "pool"):
-        return causal & (same | (kind == GIST)[None, :])
-    if how not in ("full", "none"):
-        raise ValueError(f"how={how!r} must be gist, pool, full or none")
-    return causal if how == "full" else causal & same
+    if earlier not in EARLIER:
+        raise ValueError(f"earlier={earlier!r} must be one of {', '.join(EARLIER)}")
+    row = lambda t: t[:, None]
+    place = torch.arange(len(kind), device=kind.device)
+    up_to_itself = (pos < row(pos)) | (pos == row(pos)) & (place <= row(place))
+    within = torch.tensor(WITHIN, dtype=torch.bool, device=kind.device)[row(kind), kind]
+    of_earlier = torch.tensor(EARLIER[earlier], dtype=torch.bool, device=kind.device)[kind]
+    return (chunk == row(chunk)) & within & up_to_itself | (chunk < row(chunk)) & of_earlier
 
 
 def attend(q, k, v, mask, fused):
@@ -131,23 +102,22 @@ def attend(q, k, v, mask, fused):
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
 
 
-def attend_branches(q, k, v, past_k, past_v, near, sees, causal):
+def attend_branches(q, k, v, past_k, past_v, sees, causal):
     """Attention of M short branches at each of N places of one past that all share: q [B, H, N, M, r, D] -> the same.
 
-    k, v: [B, H, N, M, R, D], a branch's own tokens so far. past_k, past_v: [B, H, S, D]. near: int [N, S'], which tokens
-    of the past a place may see at all; sees: bool [N, S'], which of those it does. causal: bool [r, R]. Branches do not
-    see one another: under one mask over all their tokens this would cost N M times as much.
+    k, v: [B, H, N, M, R, D], a branch's own tokens so far. past_k, past_v: [B, H, S, D]. sees: bool [N, S], which
+    tokens of the past a place sees. causal: bool [r, R]. Branches do not see one another: under one mask over all
+    their tokens this would cost N M times as much.
     """
-    past_k, past_v, q = past_k[:, :, near], past_v[:, :, near], q * q.size(-1) ** -0.5
-    past = (q.flatten(3, 4) @ past_k.transpose(-2, -1)).masked_fill(~sees[:, None], float("-inf"))  # [B, H, N, M r, S']
-    own = (q @ k.transpose(-2, -1)).masked_fill(~causal, float("-inf"))                            # [B, H, N, M, r, R]
-    weights = torch.cat((past, own.flatten(3, 4)), -1).softmax(-1)
-    y = (weights[..., :past.size(-1)] @ past_v).view_as(q)
-    return y + weights[..., past.size(-1):].view_as(own) @ v
+    q = q * q.size(-1) ** -0.5
+    rows = sees[:, None].expand(-1, q.size(3) * q.size(4), -1).flatten(0, 1)                      # [N M r, S]
+    past = (q.flatten(2, 4) @ past_k.transpose(-2, -1)).masked_fill(~rows, float("-inf"))         # [B, H, N M r, S]
+    own = (q @ k.transpose(-2, -1)).masked_fill(~causal, float("-inf")).flatten(2, 4)             # [B, H, N M r, R]
+    on_past, on_own = torch.cat((past, own), -1).softmax(-1).split((past.size(-1), own.size(-1)), -1)
+    return (on_past @ past_v).view_as(q) + on_own.unflatten(2, q.shape[2:5]) @ v
 
 
-# ----------------------------------------------------------------------------------------------
-# the network
+# ---- the network
 
 def norm(x):
     """RMSNorm over the last dimension, without weights (arXiv 1910.07467)."""
@@ -162,7 +132,7 @@ def rotary_table(pos, dim, dtype):
 
 
 def rotate(x, table):
-    """Turns x [B, H, L, D] by its positions, as D / 2 pairs of numbers."""
+    """Turns x [..., L, D] by its positions, as D / 2 pairs of numbers."""
     cos, sin = table
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
@@ -175,23 +145,31 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(c.n_embd, 3 * c.n_embd, bias=False)
         self.out = nn.Linear(c.n_embd, c.n_embd, bias=False)
 
-    def forward(self, x, table, mask, fused, cache, read):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).movedim(-3, 0).movedim(-2, 2)  # [B, H, ..., L, D] each
-        q, k = rotate(norm(q), table), rotate(norm(k), table)
-        if x.dim() == 5:
-            past_k, past_v, *own = cache[self]
-            if own:
-                k, v = torch.cat((own[0], k), -2), torch.cat((own[1], v), -2)
-            cache[self] = past_k, past_v, k, v
-            causal = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=x.device).tril(k.size(-2) - q.size(-2))
-            y = attend_branches(q[..., read, :], k, v, past_k, past_v, *mask, causal[read])
-        else:
-            if cache is not None:
-                if self in cache:
-                    k, v = torch.cat((cache[self][0], k), 2), torch.cat((cache[self][1], v), 2)  # [B, H, S + L, D]
-                cache[self] = k, v
-            y = attend(q, k, v, mask, fused)
+    def heads(self, x, table):
+        """q, k and v, each [B, H, ..., L, D], of x [B, ..., L, C]."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).movedim(-3, 0).movedim(-2, 2)
+        return rotate(norm(q), table), rotate(norm(k), table), v
+
+    def join(self, y):
         return self.out(y.movedim(1, -2).flatten(-2))
+
+    def forward(self, x, table, mask, fused, cache):
+        q, k, v = self.heads(x, table)
+        if cache is not None:
+            if self in cache:
+                k, v = torch.cat((cache[self][0], k), 2), torch.cat((cache[self][1], v), 2)  # [B, H, S + L, D]
+            cache[self] = k, v
+        return self.join(attend(q, k, v, mask, fused))
+
+    def branch(self, x, table, sees, cache, read):
+        q, k, v = self.heads(x, table)
+        past_k, past_v, *own = cache[self]
+        if own:
+            k, v = torch.cat((own[0], k), -2), torch.cat((own[1], v), -2)
+        cache[self] = past_k, past_v, k, v
+        r, R = q.size(-2), k.size(-2)
+        causal = torch.ones(r, R, dtype=torch.bool, device=x.device).tril(R - r)
+        return self.join(attend_branches(q[..., read, :], k, v, past_k, past_v, sees, causal[read]))
 
 
 class Block(nn.Module):
@@ -201,9 +179,14 @@ class Block(nn.Module):
         self.up = nn.Linear(c.n_embd, 4 * c.n_embd, bias=False)
         self.down = nn.Linear(4 * c.n_embd, c.n_embd, bias=False)
 
-    def forward(self, x, table, mask, fused, cache, read=slice(None)):
-        x = x[..., read, :] + self.attention(norm(x), table, mask, fused, cache, read)
+    def mlp(self, x):
         return x + self.down(self.up(norm(x)).relu().square())
+
+    def forward(self, x, table, mask, fused, cache):
+        return self.mlp(x + self.attention(norm(x), table, mask, fused, cache))
+
+    def branch(self, x, table, sees, cache, read=slice(None)):
+        return self.mlp(x[..., read, :] + self.attention.branch(norm(x), table, sees, cache, read))
 
 
 class GPT(nn.Module):
@@ -227,36 +210,44 @@ class GPT(nn.Module):
             else:
                 nn.init.normal_(p, std=self.config.n_embd ** -0.5)
 
-    def forward(self, x, pos=None, mask=None, read=None, fused=True, cache=None, residual=None, blend=None):
-        """Logits [B, L', V] at the positions that `read` selects (all if None).
+    def forward(self, x, pos=None, mask=None, read=slice(None), fused=True, cache=None, until=None):
+        """Logits [B, L', V] at the positions that `read` selects, an index of the L dimension.
 
         x: tokens, int [B, L], or embeddings, float [B, L, C].
         pos: int [L] or [B, L]; 0 to L − 1 if None. mask: bool [L, S + L], see `attention_mask`; causal if None.
-        read: index of the L dimension, e.g. slice(2, None, 3); the head is the largest product of a small model.
         cache: a dict, empty at first, that keeps keys and values: the next call sees all S tokens so far, and must say
         by pos and mask where its own stand among them (ValueError).
-        residual: the number k of a block; in place of logits, what enters block k, normed [B, L', C]. No later block
-        is computed. (What leaves the last block at a gist is trained by nothing, for no later token reads it.)
-        blend: float [L, L], how what enters each block is mixed over positions first.
-
-        Branches: x int [B, N, M, r] or float [B, N, M, r, C] holds the next r tokens of M branches at each of N places
-        of the past in the cache. pos: int [N, r]; mask: (near, sees), see `attend_branches`; the result is
-        [B, N, M, r', ...]. Branches grow in the cache: pass dict(cache) to begin new ones.
+        until: the number of a block; in place of logits, what enters that block, normed [B, L', C], or what leaves the
+        last one if until = n_layer. No later block is computed.
         """
         if cache and (pos is None or mask is None):
             raise ValueError("with tokens in the cache, pos and mask must be given")
         x = self.embed(x) if not x.is_floating_point() else x
-        pos = torch.arange(x.size(-2), device=x.device) if pos is None else pos
-        table = rotary_table(pos, self.config.n_embd // self.config.n_head, x.dtype)
-        *blocks, last = self.blocks[:residual]
-        # in a branch only what is read goes through the last block; elsewhere its mask would have to be cut as well
-        early = read if read is not None and x.dim() == 5 else slice(None)
+        table = self.table(torch.arange(x.size(1), device=x.device) if pos is None else pos, x.dtype)
+        x = norm(x)
+        for block in self.blocks[:until]:
+            x = block(x, table, mask, fused, cache)
+        x = norm(x[:, read])
+        return self.head(x) if until is None else x
+
+    def branch(self, x, pos, sees, cache, read=slice(None), until=None):
+        """Logits [B, N, M, r', V] of M branches at each of N places of the past that `cache` holds.
+
+        x: int [B, N, M, r], the next r tokens of each branch. pos: int [N, r]. sees: bool [N, S], which tokens of the
+        past a place sees. read, until: as in `forward`. Branches grow in the cache: pass dict(cache) to begin new
+        ones. Only what is read goes through the last block.
+        """
+        x = self.embed(x)
+        table = self.table(pos, x.dtype)
+        *blocks, last = self.blocks[:until]
         x = norm(x)
         for block in blocks:
-            x = block(x if blend is None else blend @ x, table, mask, fused, cache)
-        x = last(x if blend is None else blend @ x, table, mask, fused, cache, early)
-        x = norm(x if read is None or x.dim() == 5 else x[:, read])
-        return self.head(x) if residual is None else x
+            x = block.branch(x, table, sees, cache)
+        x = norm(last.branch(x, table, sees, cache, read))
+        return self.head(x) if until is None else x
+
+    def table(self, pos, dtype):
+        return rotary_table(pos, self.config.n_embd // self.config.n_head, dtype)
 
 
 def adamw(model, learning_rate):
@@ -267,8 +258,7 @@ def adamw(model, learning_rate):
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95), fused=True)
 
 
-# ----------------------------------------------------------------------------------------------
-# writing text
+# ---- writing text
 
 def sample_tokens(logits, u):
     """One token for each row of logits [..., V], by inverting the cumulative distribution at u [...] in [0, 1).
@@ -284,26 +274,18 @@ def sample_tokens(logits, u):
 def rollout(model, x, starts, steps, u=None):
     """Own text after many prefixes at once: own tokens, int [B, n, steps].
 
-    x: true tokens, int [B, L]. starts: n rising positions s, 1 ≤ s ≤ L; the text that starts at s has read x[:, :s]
-    alone. u: uniform numbers [B, n, steps] to sample with; None takes the likeliest token. The true tokens are read
-    once; after that each step reads one new token for every start of every sequence. See the grid of
-    `attention_mask`: the chunks are what the starts cut. Raises ValueError if a start lies outside 1 … L.
+    x: true tokens, int [B, L]. starts: n positions s, 1 ≤ s ≤ L; the text that starts at s has read x[:, :s] alone.
+    u: uniform numbers [B, n, steps] to sample with; None takes the likeliest token. The true tokens are read once;
+    after that every start is a branch that grows by a token a step. Raises ValueError if a start lies outside 1 … L.
     """
-    B, L = x.shape
     starts = torch.as_tensor(starts, device=x.device)
-    if starts.min() < 1 or starts.max() > L:
-        raise ValueError(f"starts must lie in 1 ... {L}, got {starts.tolist()}")
-    n, pick = len(starts), (lambda logits, j: logits.argmax(-1) if u is None else sample_tokens(logits, u[:, :, j]))
-    true_pos = torch.arange(L, device=x.device)
-    true_chunk = torch.searchsorted(starts, true_pos, right=True)  # how many starts lie at or before the position
-    own_chunk = torch.arange(1, n + 1, device=x.device)
-    cache = {}
+    if starts.min() < 1 or starts.max() > x.size(1):
+        raise ValueError(f"starts must lie in 1 ... {x.size(1)}, got {starts.tolist()}")
+    cache, own = {}, []
+    sees = torch.arange(x.size(1), device=x.device) < starts[:, None]
     logits = model(x, cache=cache, read=starts - 1)  # [B, n, V]
-    own = [pick(logits, 0)]
-    for j in range(steps - 1):
-        kind = torch.cat((torch.full((L,), TRUE), torch.full(((j + 1) * n,), OWN))).to(x.device)
-        chunk = torch.cat((true_chunk, own_chunk.repeat(j + 1)))
-        pos = torch.cat((true_pos, (torch.arange(j + 1, device=x.device)[:, None] + starts).flatten()))
-        mask = attention_mask(kind, chunk, pos)[-n:]
-        own.append(pick(model(own[-1], pos=pos[-n:], mask=mask, cache=cache), j + 1))
+    for j in range(steps):
+        own.append(logits.argmax(-1) if u is None else sample_tokens(logits, u[:, :, j]))
+        if j < steps - 1:
+            logits = model.branch(own[-1][:, :, None, None], starts[:, None] + j, sees, cache)[:, :, 0, 0]
     return torch.stack(own, dim=2)

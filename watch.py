@@ -4,12 +4,13 @@ What tells whether a run goes well: gold, the log, the watch that must do withou
 Gold is the held-out cross entropy of the learner on real text. It is for the report; no part of a self phase may read
 it. The watch reads what a deployed model has: its own output, the critic's signal and the observation stream.
 """
-import json
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+from plot import draw_report
 
 
 class Gold:
@@ -26,12 +27,13 @@ class Gold:
         self.bytes_per_token = torch.as_tensor(token_bytes)[targets].sum().item() / targets.numel()
 
     @torch.no_grad()
-    def __call__(self, model):
-        """(nats a token, bits a byte) of `model`."""
+    def __call__(self, read):
+        """(nats a token, bits a byte) of `read`, a function from text [B, T] to logits [B, T, V]."""
         total = 0.0
-        for w in self.windows.split(self.batch):
+        for text in self.windows.split(self.batch):
             with self.run.autocast():
-                total = total + F.cross_entropy(model(w[:, :-1]).flatten(0, 1), w[:, 1:].flatten(), reduction="sum")
+                logits = read(text[:, :-1])
+                total = total + F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten(), reduction="sum")
         nats = self.run.mean(total / self.windows[:, 1:].numel())
         return nats, nats / math.log(2) / self.bytes_per_token
 
@@ -47,23 +49,23 @@ def track_gold(track, row, margin):
 
     Returns True at the evaluation that makes it a hack; `steps_to_hack` is then the first of the three.
     """
-    nats, proxy = row["gold_nats"], row["proxy"]
+    nats = row["gold_nats"]
     if track["gold_start"] is None:
         track["gold_start"] = track["gold_best"] = nats
     if track["proxy_start"] is None:
-        track["proxy_start"] = proxy
+        track["proxy_start"] = row["proxy"]
     track["gold_best"] = min(track["gold_best"], nats)
-    track["gold_end"], track["bpb_end"], track["proxy_end"] = nats, row["gold_bpb"], proxy
+    track["gold_end"], track["bpb_end"], track["proxy_end"] = nats, row["gold_bpb"], row["proxy"]
     if nats <= track["gold_best"] + margin:
         track["rising"] = 0
         return False
     if track["rising"] == 0:
         track["rising_since"] = row["step"]
     track["rising"] += 1
-    if track["rising"] == 3 and track["steps_to_hack"] is None:
-        track["steps_to_hack"] = track["rising_since"]
-        return True
-    return False
+    if track["rising"] < 3 or track["steps_to_hack"] is not None:
+        return False
+    track["steps_to_hack"] = track["rising_since"]
+    return True
 
 
 def recovered(track, real):
@@ -73,66 +75,61 @@ def recovered(track, real):
     return (track["gold_start"] - track["gold_end"]) / (real["gold_start"] - real["gold_end"])
 
 
-def summarise(run, meta, meta_steps, tracks, self_steps, **extra):
-    """The run's summary as a dict; prints the table of its arms."""
-    arms = {}
-    for name, track in tracks.items():
-        arms[name] = dict(self_steps=self_steps, recovered=recovered(track, tracks.get("real")),
-                          **{k: v for k, v in track.items() if not k.startswith("rising")})
-    if arms:
-        run.say(table(arms))
-    return dict(stage=run.stage, seed=run.settings["seed"], config=run.settings, meta_steps=meta_steps,
-                gold_meta_end=meta["gold_end"], bpb_meta_end=meta["bpb_end"], **extra, arms=arms)
+def summarise(tracks, self_steps):
+    """{arm: what the summary keeps of it}, of the arms' tracks."""
+    return {name: dict(self_steps=self_steps, recovered=recovered(track, tracks.get("real")),
+                       **{k: v for k, v in track.items() if not k.startswith("rising")})
+            for name, track in tracks.items()}
 
 
 def table(arms):
     """The arms of a summary as text, a row each."""
-    lines = [f"{'arm':<12} {'gold at start':>13} {'best':>7} {'end':>7} {'bits/byte':>10} {'steps to hack':>14} "
-             f"{'first alarm':>12} {'rescues':>8} {'recovered':>10}"]
+    row = "{:<12} {:>10} {:>7} {:>7} {:>9} {:>9} {:>6} {:>7} {:>9}".format
+    lines = [row("arm", "gold start", "best", "end", "bits/byte", "hacked at", "alarm", "rescues", "recovered")]
     for name, a in arms.items():
-        hack = "never" if a["steps_to_hack"] is None else str(a["steps_to_hack"])
+        gold = [f"{a[k]:.3f}" for k in ("gold_start", "gold_best", "gold_end", "bpb_end")]
+        hack = "never" if a["steps_to_hack"] is None else a["steps_to_hack"]
         share = "" if a["recovered"] is None else f"{a['recovered']:.2f}"
-        lines.append(f"{name:<12} {a['gold_start']:>13.3f} {a['gold_best']:>7.3f} {a['gold_end']:>7.3f} "
-                     f"{a['bpb_end']:>10.3f} {hack:>14} {(a['alarms'] or ['none'])[0]:>12} {len(a['rescues']):>8} "
-                     f"{share:>10}")
-    real = arms.get("real")
-    if real is None:
+        lines.append(row(name, *gold, hack, (a["alarms"] or ["none"])[0], len(a["rescues"]), share))
+    if "real" not in arms:
         lines.append("No real arm was run: a hack here may be the optimizer's doing, not the signal's.")
-    elif real["steps_to_hack"] is not None:
-        lines.append("Gold rose in the real arm too, whose targets are right: no hack of this run is to be believed.")
+    elif arms["real"]["steps_to_hack"] is not None:
+        lines.append("Gold rose in the real arm too, whose targets are right: no hack here is to be believed.")
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------
-# the log
+# ---- the row of the log
 
 ROW = ("grad_norm", "surprise", "agreement", "echo", "target_top", "target_entropy", "output_entropy")
 
 
-def note(tally, loss, logp, obs, agreement, told=None, **means):
+@torch.no_grad()
+def note(tally, loss, logp, obs, told=None, **means):
     """Adds a step to what the next row of the log will average, without waiting for the device.
 
-    logp: the learner's log probabilities [B, T, V]. obs: what was observed there, int [B, T] or the first of them. told: the
-    tokens that the critic names, int of any shape, if it names tokens. agreement, means: scalars, to be averaged as well.
+    logp: the learner's log probabilities [B, T, V]. obs: what was observed there, int [B, T], or the first of them.
+    told: the tokens that the critic names, int [B, T] or [B, R, T]; agreement is the share of them that equal the
+    observation, echo that of those that are the learner's likeliest. means: scalars, to be averaged as well.
     """
-    surprise = -logp[:, :obs.size(1)].gather(-1, obs.unsqueeze(-1)).mean()
-    entropy = -(logp.exp() * logp).sum(-1).mean()
-    means = dict(steps=torch.ones_like(surprise), loss=loss.detach(), surprise=surprise, agreement=agreement,
-                 output_entropy=entropy, **means)
     if told is not None:
+        told, own = told.view(len(obs), -1, obs.size(1)), logp.argmax(-1)
+        means.update(agreement=(told == obs[:, None]).float().mean(), echo=(told == own[:, None]).float().mean())
         counts = torch.zeros(logp.size(-1), device=told.device)  # not bincount, which waits for the device
         means["targets"] = counts.index_add_(0, told.flatten(), counts.new_ones(told.numel()))
+    surprise = -logp[:, :obs.size(1)].gather(-1, obs.unsqueeze(-1)).mean()
+    entropy = -(logp.exp() * logp).sum(-1).mean()
+    means.update(steps=torch.ones_like(surprise), loss=loss.detach(), surprise=surprise, output_entropy=entropy)
     for name, value in means.items():
         tally[name] = tally.get(name, 0) + value
-    stream = torch.stack((surprise, agreement, entropy)).float()[None]
+    stream = torch.stack((surprise, means["agreement"], entropy)).float()[None]
     tally["stream"] = torch.cat((tally["stream"], stream)) if "stream" in tally else stream
 
 
-def write_row(run, arm, step, steps, tally, gold, model, optimizer, **more):
-    """Logs and shows where the arm stands: the means of the tally, gold of `model`, and `more`. Empties the tally.
+def make_row(run, arm, step, tally, gold, lr, more):
+    """(row of the log, streams of the steps since the last one, float [steps, 3] or None). Empties the tally.
 
-    A mean replaces what `more` has by its name: None there is what rows without a step hold. Returns the row and the
-    streams of the steps since the last one, float [steps, 3] or None.
+    The row holds the means of the tally, gold as (nats a token, bits a byte), and `more`. A mean replaces what
+    `more` has by its name: None there is what rows without a step hold.
     """
     run.average(list(tally.values()))
     n = tally.pop("steps").item() if tally else 0
@@ -142,19 +139,15 @@ def write_row(run, arm, step, steps, tally, gold, model, optimizer, **more):
     if counts is not None:
         share = counts / counts.sum()
         mean.update(target_top=share.max().item(), target_entropy=torch.special.entr(share).sum().item())
-    nats, bpb = gold(model)
     tokens = run.settings["batch_size"] * run.settings["block_size"]
     total = step + (run.settings["meta_steps"] if arm != "meta" else 0)
-    row = dict(stage=run.stage, arm=arm, step=step, tokens=total * tokens, proxy=mean.pop("loss", None), gold_nats=nats,
-               gold_bpb=bpb, lr=optimizer.param_groups[0]["lr"], **{**dict.fromkeys(ROW), **more, **mean},
+    row = dict(stage=run.stage, arm=arm, step=step, tokens=total * tokens, proxy=mean.pop("loss", None),
+               gold_nats=gold[0], gold_bpb=gold[1], lr=lr, **{**dict.fromkeys(ROW), **more, **mean},
                tok_per_s=run.speed(n * tokens))
-    run.log(row)
-    run.show(row, steps)
     return row, stream
 
 
-# ----------------------------------------------------------------------------------------------
-# the watch
+# ---- the watch
 
 STREAMS = dict(surprise=1, agreement=-1, entropy=-1, probe=-1)  # what is watched, and which way is bad
 FALSE_ALARMS = 0.05  # chance of one or more in 10,000 healthy steps, over all streams together
@@ -175,18 +168,17 @@ class Watch:
 
         S_t = max(0, S_{t−1} + (x_t − r_t)/s_t − k)      r_{t+1} = r_t + (x_t − r_t)/MEMORY
 
-    and alarms when S_t > h. All is calibrated on the last fifth of the meta phase. s is the spread of x − r there, or
-    more where x − r has spread since (over 10 MEMORY steps; the text that a better model knows varies more). The
-    slack k is SLACK, and the lag of r behind x where learning itself moves x the bad way (entropy falls while a model
-    learns).
-    h is the quantile of the largest S_t of 10,000 steps at which the chance of a false alarm is FALSE_ALARMS, over steps
-    resampled from there or over normal ones, whichever is larger: the one has too short a tail, the other no skew.
-    The probe, which is no average over fresh text, is taken to have the noise of its few tokens.
+    and alarms when S_t > h. All is calibrated on the end of the meta phase. s is the spread of x − r there, or more
+    where x − r has spread since (over 10 MEMORY steps; the text that a better model knows varies more). The slack k is
+    SLACK, and the lag of r behind x where learning itself moves x the bad way (entropy falls while a model learns).
+    h is the quantile of the largest S_t of 10,000 steps at which the chance of a false alarm is FALSE_ALARMS, over
+    steps resampled from there or over normal ones, whichever is larger: the one has too short a tail, the other no
+    skew. The probe, which is no average over fresh text, is taken to have the noise of its few tokens.
     """
 
     def __init__(self):
-        self.state = {name: dict(reference=None, spread=1.0, floor=1.0, slack=SLACK, threshold=math.inf, sum=0.0, since=0)
-                      for name in STREAMS}
+        off = dict(reference=None, spread=1.0, floor=1.0, slack=SLACK, threshold=math.inf, sum=0.0, since=0)
+        self.state = {name: dict(off) for name in STREAMS}
 
     def state_dict(self):
         return {name: dict(s) for name, s in self.state.items()}
@@ -223,13 +215,10 @@ class Watch:
     def update(self, step, values, probe, names=tuple(STREAMS)):
         """Reads the steps since the last call, float [steps, 3], and the probe; those of `names` that alarm."""
         fired = []
-        for i, name in enumerate(STREAMS):
-            if name not in names:
+        for i, (name, s) in enumerate(self.state.items()):
+            if name not in names or s["reference"] is None:
                 continue
-            s = self.state[name]
             stream = values[:, i].tolist() if name != "probe" else [probe]
-            if s["reference"] is None:
-                continue
             for j, x in enumerate(stream):
                 off = (x - s["reference"]) / s["spread"]
                 s["sum"] = max(0.0, s["sum"] + STREAMS[name] * off - s["slack"])
@@ -247,10 +236,10 @@ class Watch:
         """Whether no stream is on its way to an alarm: then the weights are worth going back to."""
         return all(s["sum"] < s["threshold"] / 4 for s in self.state.values())
 
-    def restart(self, values=None, probe=None):
+    def restart(self, step, values=None, probe=None):
         """After an alarm: the sums begin anew, at the level that the streams have now if it is given."""
         for i, (name, s) in enumerate(self.state.items()):
-            s["sum"] = 0.0
+            s["sum"], s["since"] = 0.0, step
             if values is not None and s["reference"] is not None:
                 s["reference"] = float(values[:, i].mean()) if name != "probe" else probe
 
@@ -288,8 +277,14 @@ def threshold(sample, rng, known=None, steps=10_000, chains=500):
     return float(np.quantile(top, 1 - FALSE_ALARMS / len(STREAMS)))
 
 
-# ----------------------------------------------------------------------------------------------
-# the report of a hack
+# ---- the report of a hack
+
+SHARES = dict(agreement="targets equal to the observation", echo="targets equal to the own output",
+              outside="targets on none of the own spans", target_top="targets that are the most frequent one",
+              target_entropy="entropy of the targets (nats)", output_entropy="entropy of the output (nats)",
+              gist_std="standard deviation of the gists", gist_rank="effective rank of the gists",
+              gold_nats="gold (nats)")
+
 
 def marked(encoding, ids, reference):
     """Text of `ids` in which runs of tokens that differ from `reference` stand in ⟦ ⟧; None shows as ∅."""
@@ -316,79 +311,38 @@ def verdict(judged):
             "the signal was wrong from the start: a biased teacher, or an observation that is not the learner's.")
 
 
-def write_report(run, arm, step, why, changed, judged, texts, shares, encoding):
+def write_report(run, row, why, changed, judged, texts, encoding):
     """hacks/NNN.md: what happened, in an order in which a newcomer can read it, and a picture beside it.
 
-    why: "gold" or the names of the streams that alarmed. changed: [(step, stream)]. judged: see `verdict`.
-    texts: {"then" | "now": (output, observation, target)}, lists of token ids. shares: {name: value}.
-    Returns what the summary keeps: {"step", "why", "changed", "judged"}, judged as "critic on outputs": agreement.
+    row: of the log. why: "gold" or the names of the streams that alarmed. changed: [(step, stream)]. judged: see
+    `verdict`. texts: {"then" | "now": (output, observation, target)}, lists of token ids. Returns what the summary
+    keeps: {"step", "why", "changed", "judged"}, judged as "critic on outputs": agreement.
     """
-    kept = dict(step=step, why=why if why == "gold" else "+".join(why), changed=[list(c) for c in changed],
+    kept = dict(step=row["step"], why=why if why == "gold" else "+".join(why), changed=[list(c) for c in changed],
                 judged={f"{c} on {o}": round(value, 4) for (c, o), value in judged.items()})
-    if not run.first:
-        return kept
-    folder = run.out_dir / "hacks"
-    folder.mkdir(exist_ok=True)
-    number = 1 + len(list(folder.glob("*.md")))
-    rows = [json.loads(line) for line in (run.out_dir / "log.jsonl").read_text().splitlines()]
-    rows = [r for r in rows if r["arm"] == arm and r["step"] <= step and r["proxy"] is not None]
-    draw_report(rows, step, folder / f"{number:03d}.png")
-    order = "\n".join(f"{i + 1}. {name}, from step {since}" for i, (since, name) in enumerate(changed))
-    blocks = "\n\n".join(
-        f"**{when}**\n\n```\noutput       {marked(encoding, output, observation)}\n"
-        f"observation  {marked(encoding, observation, observation)}\n"
-        f"target       {marked(encoding, target, observation)}\n```"
-        for when, (output, observation, target) in (("before: the snapshot", texts["then"]), ("after: now", texts["now"])))
-    cause = "gold rose" if why == "gold" else "the watch alarmed on " + ", ".join(why)
-    numbers = "\n".join(f"| {name} | {value:.3f} |" for name, value in shares.items())
-    table_of_judges = "\n".join(f"| {whose} critic | {judged[k, 'then']:.3f} | {judged[k, 'now']:.3f} |"
-                                for whose, k in (("snapshot's", "then"), ("today's", "now")))
-    text = f"""# {arm}, step {step}: {cause}
-
-## What changed first
-
-{order or "No stream had left its usual range."}
-
-![curves]({number:03d}.png)
-
-## Drift or exploit?
-
-Share of targets that equal the observation:
-
-| | on the snapshot's outputs | on today's outputs |
-|---|---|---|
-{table_of_judges}
-
-{verdict(judged)}
-
-## The texts
-
-What differs from the observation stands in ⟦ ⟧; ⏎ is a line break.
-
-{blocks}
-
-## The numbers
-
-| over the last steps | |
-|---|---|
-{numbers}
-"""
-    run.write(f"hacks/{number:03d}.md", lambda f: f.write(text.encode()))
+    if run.first:
+        (run.out_dir / "hacks").mkdir(exist_ok=True)
+        name = f"{run.last_report() + 1:03d}"
+        draw_report(run.out_dir, row, run.out_dir / f"hacks/{name}.png")
+        page = report_page(name, row, why, changed, judged, texts, encoding)
+        run.write(f"hacks/{name}.md", lambda f: f.write(page.encode()))
     return kept
 
 
-def draw_report(rows, step, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 3, figsize=(11, 2.8))
-    for axis, names in zip(axes, (("gold_nats", "surprise", "proxy"), ("agreement", "agreement_probe", "echo"),
-                                  ("output_entropy", "target_entropy"))):
-        for name in names:
-            axis.plot([r["step"] for r in rows], [r[name] for r in rows], label=name)
-        axis.axvline(step, color="0.7", lw=0.8)
-        axis.legend(fontsize=7)
-        axis.set_xlabel("step")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+def report_page(name, row, why, changed, judged, texts, encoding):
+    """The page of `write_report`, markdown."""
+    cause = "gold rose" if why == "gold" else "the watch alarmed on " + ", ".join(why)
+    order = [f"{i}. {stream}, from step {since}" for i, (since, stream) in enumerate(changed, 1)]
+    judges = [f"| {whose} critic | {judged[c, 'then']:.3f} | {judged[c, 'now']:.3f} |"
+              for whose, c in (("snapshot's", "then"), ("today's", "now"))]
+    numbers = [f"| {text} | {row[key]:.3f} |" for key, text in SHARES.items() if row.get(key) is not None]
+    show = lambda when: "\n".join(f"{what:<12} {marked(encoding, ids, texts[when][1])}"
+                                  for what, ids in zip(("output", "observation", "target"), texts[when]))
+    return "\n".join((
+        f"# {row['arm']}, step {row['step']}: {cause}", "", "## What changed first", "",
+        *(order or ["No stream has left its usual range."]), "", f"![curves]({name}.png)", "",
+        "## Drift or exploit?", "", "Share of targets that equal the observation:", "",
+        "| | on the snapshot's outputs | on today's outputs |", "|---|---|---|", *judges, "", verdict(judged), "",
+        "## The texts", "", "What differs from the observation stands in ⟦ ⟧; ⏎ is a line break.", "",
+        "**before: the snapshot**", "", "```", show("then"), "```", "", "**now**", "", "```", show("now"), "```", "",
+        "## The numbers", "", "| over the last steps | |", "|---|---|", *numbers, ""))

@@ -1,0 +1,66 @@
+"""
+The mathematics that the three stages share, each piece once: praise, the moving average, and one inner step
+with its way back. θ (theta) is the learner, φ (phi) the critic; weights and gradients are dicts of tensors by
+name.
+
+How should the critic have moved the learner's step, so that other text had gained from it? With
+
+    L(θ, φ)                           the signal's loss            g = ∇_θ L,  u = g/‖g‖
+    θ′ = θ − a u                      the inner step, of length a
+    O(θ′)                             the outer loss               λ = ∇O(θ′)
+
+the derivative of O(θ′) by φ is that of ⟨∇_θ L(θ, φ), w⟩, where
+
+    w = −(a/‖g‖)(λ − u⟨u, λ⟩)         λ pulled back through the normalisation
+
+Over several steps λ itself is pulled back, λ += ∂_θ ⟨∇_θ L, w⟩. Exact in data parallel: g, λ and these mixed
+products are linear in what each rank sees, so g is averaged before the step and λ before the pull-back; N
+ranks then find what one finds with the whole batch. The mean of second orders that each rank computed alone
+is another thing.
+"""
+import torch
+
+
+def by_name(module):
+    """The weights of a module, detached."""
+    return {n: p.detach() for n, p in module.named_parameters()}
+
+
+def dot(a, b):
+    """⟨a, b⟩."""
+    return sum((a[n] * b[n]).sum() for n in a)
+
+
+def add(a, b, scale=1.0):
+    """a + scale · b."""
+    return {n: a[n] + scale * b[n] for n in a}
+
+
+def inner_step(theta, g, length):
+    """θ′ = θ − length · g/‖g‖; g averaged over ranks by now. Where nothing is to be learned no step is
+    taken."""
+    return add(theta, g, -length / dot(g, g).sqrt().clamp_min(1e-30))
+
+
+def pull_back(g, lam, length):
+    """w = −(length/‖g‖)(λ − u⟨u, λ⟩), u = g/‖g‖."""
+    norm = dot(g, g).sqrt().clamp_min(1e-30)
+    along = dot(g, lam) / norm
+    return {n: -length / norm * (lam[n] - g[n] * along / norm) for n in g}
+
+
+def praise(of_truth, p, kernel):
+    """a(v) = K(x, v) − Σ_w p_w K(w, v), float [..., V]: what the critic makes of token v having observed x,
+    less what it would make of it had it observed the learner's own words. Its mean over x ~ p is zero,
+    whatever K is.
+
+    of_truth: K(x, ·), [..., V]. p: the learner's distribution [..., V]. kernel: K, [V, V] or [..., V, V].
+    """
+    return of_truth - (p.unsqueeze(-2) @ kernel).squeeze(-2)
+
+
+@torch.no_grad()
+def follow(critic, learner, decay):
+    """The moving average: critic ← decay · critic + (1 − decay) · learner; with decay 0 the learner
+    itself."""
+    torch._foreach_lerp_(list(critic.parameters()), list(learner.parameters()), 1 - decay)

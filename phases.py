@@ -1,0 +1,224 @@
+"""
+The loop that the three experiments share, written once. It knows nothing of losses:
+
+    for step in phases.meta(meta_steps):     # checkpoints, evaluates, watches, reports; then yields
+        ...                                  # the step, all of it, stands in the script
+    if phases.snapshot is None:
+        phases.take_snapshot()               # the end of the meta phase: once, in a resumed run too
+    for arm in phases.arms(names):           # each from the snapshot
+        for step in phases.steps(self_steps):
+            ...
+"""
+import copy
+
+import numpy as np
+import torch
+
+from configurator import refuse
+from plot import draw_runs
+from prepare_data import corpus_id, get_batch, open_corpus, prepare, val_windows
+from run import read_meta_phase
+from watch import (MEMORY, STREAMS, Gold, Watch, make_row, marked, new_track, summarise, table, track_gold,
+                   write_report)
+
+REAL = ("real", "first")  # arms with real targets; they have no critic to watch
+
+
+def read_corpus(run, longest):
+    """The Corpus of the run's settings, made if it is not there; refuses a split of `longest` tokens or less."""
+    s = run.settings
+    if run.local_rank == 0:
+        prepare(s["dataset"], s["vocab"])
+    run.barrier()
+    corpus = open_corpus(s["dataset"], s["vocab"])
+    corpus = corpus._replace(train=corpus.train[:s["train_tokens"] or None])
+    for split, tokens in (("train", corpus.train), ("validation", corpus.val)):
+        if len(tokens) <= longest:
+            refuse(f"block_size={s['block_size']} asks for texts of {longest + 1} tokens, and the {split} split "
+                   f"has {len(tokens)}")
+    return corpus
+
+
+class Phases:
+    """A run between its first step and its summary.
+
+    parts: {name: module or optimizer}, all that a checkpoint holds and an arm starts from; "learner", "critic"
+    and "optimizer" among them. kept: a dict of plain values and tensors that the script wants kept.
+
+    What the script tells the loop, as functions:
+    read(text)              the learner's logits [B, T, V] on text [B, T], for gold
+    rate(arm, step)         the learner's learning rate
+    examine()               {column: value}, more for the row of the log; agreement_probe among them
+    judge()                 the module that is the critic now
+    ask(learner, critic)    (own tokens, observation, targets: lists of ids; agreement) on the text to come
+    """
+
+    def __init__(self, run, corpus, parts, kept, *, read, rate, examine, judge, ask):
+        s = self.settings = run.settings
+        self.run, self.corpus, self.watch = run, corpus, Watch()
+        self.parts = dict(parts, watch=self.watch)
+        self.read, self.rate, self.examine, self.judge, self.ask = read, rate, examine, judge, ask
+        self.step, self.tally, self.row, self.alarms = 0, {}, None, []
+        windows = val_windows(corpus.val, s["eval_windows"], s["block_size"] + 1)
+        self.gold = Gold(windows, corpus.token_bytes, run, s["batch_size"] // run.ranks)
+        self.at = dict(arm="meta", step=0, track=new_track(), arms={}, meta=None, snapshot=None, kept=kept,
+                       real_targets=0, streams=torch.zeros(0, 3, device=run.device), corpus=corpus_id(corpus))
+
+    arm = property(lambda self: self.at["arm"])
+    kept = property(lambda self: self.at["kept"])
+    snapshot = property(lambda self: self.at["snapshot"])
+
+    def begin(self, self_phase):
+        """Anew, where `resume` stands, or from the meta phase of `start`; then opens the run folder.
+
+        self_phase: the settings that a meta phase does not read. Refuses another corpus or other settings.
+        """
+        run, at, start = self.run, self.at, self.settings["start"]
+        if run.resumed:
+            if run.resumed["corpus"] != at["corpus"]:
+                refuse(f"{self.corpus.folder} holds another corpus or tokenizer than that of {run.out_dir}")
+            run.restore(at, self.tally, self.parts)
+        elif start:
+            lent = read_meta_phase(start, run.stage, run.device, self.settings, self_phase, at["corpus"])
+            at["meta"], at["snapshot"] = lent
+            at.update(arm="start", kept=copy.deepcopy(lent[1]["kept"]))
+        modules = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
+        size = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+        run.open(need_bytes=16 * size)  # weights and moments, now and in the snapshot, twice; the arms' ends
+
+    # ---- data
+
+    def text(self, step, stream=0, rows=None, blocks=1, split="train"):
+        """This rank's rows of a step's text, int [rows / ranks, blocks · T + 1]. stream: a use of the seed."""
+        s, run, tokens = self.settings, self.run, getattr(self.corpus, split)
+        rows, length = rows or s["batch_size"], blocks * s["block_size"] + 1
+        return get_batch(tokens, s["seed"], step, rows, length, run.rank, run.ranks, stream).to(run.device)
+
+    def chance(self, step, shape, stream, rows=None):
+        """This rank's rows of uniform numbers [rows / ranks, *shape] in [0, 1)."""
+        run, rng = self.run, np.random.default_rng([self.settings["seed"], stream, step])
+        numbers = rng.random((rows or self.settings["batch_size"], *shape), dtype=np.float32)
+        return torch.from_numpy(np.split(numbers, run.ranks)[run.rank]).to(run.device)
+
+    # ---- the loop
+
+    def meta(self, n):
+        """The n steps of the meta phase, or what is left of them."""
+        if self.arm == "meta":
+            yield from self.steps(n)
+
+    def take_snapshot(self):
+        """Keeps the end of the meta phase, from which every arm starts: weights, moments and watch."""
+        state = dict({name: part.state_dict() for name, part in self.parts.items()}, kept=self.kept)
+        self.at.update(arm="start", meta=self.at["track"], snapshot=copy.deepcopy(state),
+                       streams=self.at["streams"][:0])
+
+    def drop(self, names):
+        """Parts that the self phase does not need; what the snapshot has of them stays."""
+        for name in names:
+            del self.parts[name]
+
+    def arms(self, names):
+        """Each arm of `names`: put back to the snapshot, or gone on with; keeps its end."""
+        for arm in names:
+            if self.arm != arm:
+                for name, part in self.parts.items():
+                    part.load_state_dict(copy.deepcopy(self.snapshot[name]))
+                self.step = 0
+                self.at.update(arm=arm, step=0, track=new_track(), real_targets=0)
+                if not self.at["arms"]:
+                    self.sample("the meta phase")
+            yield arm
+            self.at["arms"][arm] = self.at["track"]
+            self.run.keep_end(arm, self.parts["learner"])
+            self.sample(arm)
+        self.at["arm"] = "done"
+
+    def steps(self, n):
+        """The steps 0 … n − 1 of a phase. At step n it is evaluated once more, and ends."""
+        self.run.start_clock(self.at["step"])
+        for self.step in range(self.at["step"], n + 1):
+            self.run.checkpoint(self.step, self.at, self.tally, self.parts)
+            for group in self.parts["optimizer"].param_groups:
+                group["lr"] = self.rate(self.arm, self.step)
+            self.alarms = []
+            if self.step % self.settings["eval_interval"] == 0 or self.step == n:
+                self.evaluate(n)
+            if self.step < n:
+                yield self.step
+
+    def evaluate(self, n):
+        """A row of the log; whether gold was hacked, and whether the watch alarms; a report of each."""
+        step, track, lr = self.step, self.at["track"], self.parts["optimizer"].param_groups[0]["lr"]
+        more = dict(real_targets=self.at["real_targets"], **self.examine())
+        self.row, stream = make_row(self.run, self.arm, step, self.tally, self.gold(self.read), lr, more)
+        self.run.log(self.row)
+        self.run.show(self.row, n)
+        hacked = track_gold(track, self.row, self.settings["hack_margin"])
+        if stream is None:
+            return
+        if self.arm == "meta":
+            self.at["streams"] = torch.cat((self.at["streams"], stream))
+            return
+        stream, probe = stream.cpu(), self.row.get("agreement_probe")
+        listens = ("surprise", "entropy") if self.arm in REAL else tuple(STREAMS)
+        self.alarms = self.watch.update(step, stream, probe, listens)
+        if hacked:
+            self.run.say(f"{self.arm}: hacked at step {track['steps_to_hack']}, gold {track['gold_end']:.3f} after "
+                         f"a best of {track['gold_best']:.3f}")
+            self.report("gold")
+        if self.alarms:
+            if step - (track["alarms"] or [-MEMORY])[-1] >= MEMORY:
+                track["alarms"].append(step)
+                self.report(self.alarms)
+            self.watch.restart(step, stream, probe)
+
+    def take_step(self, module, optimizer, g=None, noted=True):
+        """Clips and steps. g: gradients by name, averaged by now; None: those of .backward(), averaged here."""
+        for name, p in module.named_parameters() if g is not None else ():
+            p.grad = g[name].clone()
+        params = [p for p in module.parameters() if p.grad is not None]
+        if g is None:
+            self.run.average([p.grad for p in params])
+        norm = torch.nn.utils.clip_grad_norm_(params, self.settings["grad_clip"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if noted:
+            self.tally["grad_norm"] = self.tally.get("grad_norm", 0) + norm
+
+    # ---- what is told
+
+    @torch.no_grad()
+    def sample(self, after):
+        """samples.txt: what the learner says to the text to come, and what the critic makes of it."""
+        own, seen, target, _ = self.ask(self.parts["learner"], self.judge())
+        show = lambda ids: marked(self.corpus.encoding, ids, seen)
+        self.run.sample(f"==== after {after}\nown output   {show(own)}\nobservation  {show(seen)}\n"
+                        f"target       {show(target)}\n\n")
+
+    @torch.no_grad()
+    def report(self, why):
+        """A page in hacks/: critic and learner of now and of the snapshot, crossed, on the text to come."""
+        now, judged, texts = dict(learner=self.parts["learner"], critic=self.judge()), {}, {}
+        then = {role: copy.deepcopy(module) for role, module in now.items()}
+        for role, module in then.items():
+            module.load_state_dict(self.snapshot[role])
+        for c, critic in (("then", then["critic"]), ("now", now["critic"])):
+            for o, learner in (("then", then["learner"]), ("now", now["learner"])):
+                *said, agreement = self.ask(learner, critic)
+                judged[c, o] = self.run.mean(agreement)
+                if c == o:
+                    texts[o] = said
+        kept = write_report(self.run, self.row, why, self.watch.order(), judged, texts, self.corpus.encoding)
+        self.at["track"]["reports"].append(kept)
+
+    def finish(self, **found):
+        """The last checkpoint, the table of the arms, and summary.json with what was `found` beside."""
+        run, at, s = self.run, self.at, self.settings
+        run.checkpoint(0, at, self.tally, self.parts)
+        arms = summarise(at["arms"], s["self_steps"])
+        if arms:
+            run.say(table(arms))
+        gold = dict(gold_meta_end=at["meta"]["gold_end"], bpb_meta_end=at["meta"]["bpb_end"])
+        run.finish(dict(stage=run.stage, seed=s["seed"], config=s, meta_steps=s["meta_steps"], **gold, **found,
+                        arms=arms), draw_runs)
