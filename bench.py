@@ -1,12 +1,14 @@
 """
-How long the steps of each stage take, side by side in one run: a row is a ratio to the stage's step on real tokens.
+How long the steps of each stage take, side by side in one run, beside the stage's step on real tokens.
 
     python bench.py                 # about three minutes on two cores
     python bench.py 3               # one stage alone
+    python bench.py --quick         # fewer rounds
 
-The real step is cross entropy on text: forward, backward, clip, AdamW. Beside stage 1's stands one of the same sizes
-built of torch.nn.TransformerEncoder, so that the numbers of another machine can be read. Stage 3's meta steps are
-ratios to their first-order parts, the gradients of the inner steps and of the outer loss, in time and in peak memory.
+The real step is cross entropy on text: forward, backward, clip, AdamW. Beside stage 1's stands one of the
+same sizes built of torch.nn.TransformerEncoder, so that the numbers of another machine can be read. The meta
+steps of stage 3 are ratios to their first-order parts, the gradients of the inner steps and of the outer
+loss, in time and, where Linux counts it, in peak memory.
 """
 import multiprocessing
 import re
@@ -22,148 +24,173 @@ import torch.nn.functional as F
 import gist_bottleneck as gb
 import meta_gist as mg
 import self_ce
+from configurator import refuse
+from equations import by_name
+from gists import Space, layout
 from model import GPT, GPTConfig, adamw
+from phases import Phases
 from watch import Watch
 
-ROUNDS, STEPS = 7, 3
-B, T, V, C = self_ce.batch_size, self_ce.block_size, self_ce.vocab, self_ce.n_embd
+STATUS = Path("/proc/self/status")  # Linux alone has it
 
 
 class Alone:
-    """What the steps of a script ask of a run, on one rank."""
-    rank, ranks, device, weight_dtype = 0, 1, torch.device("cpu"), torch.float32
+    """What the steps of a script ask of its Phases and of its Run, on one rank."""
+    rank, ranks, arm = 0, 1, "frozen"
+    chance, take_step, average = Phases.chance, Phases.take_step, staticmethod(lambda tensors: None)
 
-    def average(self, tensors):
-        pass
+    def __init__(self, script, **parts):
+        self.run, self.parts, self.tally, self.device = self, parts, {}, torch.device("cpu")
+        self.settings = {k: getattr(script, k) for k in ("seed", "batch_size", "grad_clip")}
 
 
 class Library(nn.Module):
-    """A GPT of the same sizes from torch.nn: learned positions, LayerNorm, gelu."""
+    """A GPT of stage 1's sizes from torch.nn: learned positions, LayerNorm, gelu."""
     def __init__(self):
         super().__init__()
-        layer = nn.TransformerEncoderLayer(C, self_ce.n_head, 4 * C, 0.0, "gelu", batch_first=True, norm_first=True,
-                                           bias=False)
+        T, V, C = self_ce.block_size, self_ce.vocab, self_ce.n_embd
+        layer = nn.TransformerEncoderLayer(C, self_ce.n_head, 4 * C, 0.0, "gelu", batch_first=True,
+                                           norm_first=True, bias=False)
         self.token, self.place = nn.Embedding(V, C), nn.Embedding(T, C)
         self.blocks = nn.TransformerEncoder(layer, self_ce.n_layer, enable_nested_tensor=False)
         self.head = nn.Linear(C, V, bias=False)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(T))
 
     def forward(self, x):
-        return self.head(self.blocks(self.token(x) + self.place.weight, mask=self.mask, is_causal=True))
+        x = self.token(x) + self.place.weight
+        return self.head(self.blocks(x, mask=self.mask, is_causal=True))
+
+
+def learner_of(script, n_special=1):
+    """(a GPT of a script's sizes, its optimizer)."""
+    model = GPT(GPTConfig(script.vocab, n_special, script.n_layer, script.n_head, script.n_embd))
+    return model, adamw(model, 1e-4)
+
+
+def text_of(script, rows=None):
+    """Random tokens, int [rows, T + 1]."""
+    return torch.randint(script.vocab, (rows or script.batch_size, script.block_size + 1))
 
 
 def stage_1():
     """{name: step}, the plain step first."""
-    run, w = Alone(), torch.randint(0, V, (B, T + 1))
-    x, obs = w[:, :-1], w[:, 1:]
-    gpt, library = GPT(GPTConfig(V, 1, self_ce.n_layer, self_ce.n_head, C)), Library()
-    critic = GPT(gpt.config)
-    snapshot = {n: p.detach().clone() for n, p in gpt.named_parameters()}
-    optimizer, other = adamw(gpt, 1e-4), torch.optim.AdamW(library.parameters(), 1e-4, fused=True)
-    watch, values = Watch(), np.random.default_rng(0).random((500, 3))
-    watch.calibrate(values, B * T, 0.9, 256)
+    text, phases, (learner, optimizer) = text_of(self_ce), Alone(self_ce), learner_of(self_ce)
+    critic, library, watch = GPT(learner.config), Library(), Watch()
+    other = torch.optim.AdamW(library.parameters(), 1e-4, fused=True)
+    values = np.random.default_rng(0).random((500, 3))
+    watch.calibrate(values, text[:, 1:].numel(), 0.9, 256)
 
     def plain(model, optimizer, **options):
-        loss = F.cross_entropy(model(x, **options).flatten(0, 1), obs.flatten())
-        self_ce.take_step(run, model, optimizer, loss)
+        logits = model(text[:, :-1], **options)
+        F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()).backward()
+        phases.take_step(model, optimizer)
 
-    def meta(second):
-        loss, own = self_ce.meta_loss(run, gpt, gpt, w, 0, {})
-        extra = None
+    def meta(adversary=None, second=False):
+        vars(self_ce).update(adversarial=0.3 if adversary else 0.0, adversary=adversary or "random")
+        loss, own = self_ce.meta_loss(phases, learner, text, 0, {})
+        loss.backward()
         if second:
-            dphi, _ = self_ce.second_order(gpt, gpt, x, obs, own, w, run.average)
-            extra = list(zip(gpt.parameters(), dphi.values()))
-        self_ce.take_step(run, gpt, optimizer, loss, None, extra)
+            dphi, _ = self_ce.second_order(learner, learner, text, own, text, phases.average)
+            for name, p in learner.named_parameters():
+                p.grad += dphi[name]
+        phases.take_step(learner, optimizer)
 
-    def in_self_phase(arm):
-        loss, _ = self_ce.self_loss(run, arm, gpt, [critic], w, obs, 0, {})
-        self_ce.take_step(run, gpt, optimizer, loss)
+    def self_step(arm, keep_meta=0.0):
+        loss = self_ce.self_loss(arm, learner, critic, text, text[:, 1:], {})
+        if keep_meta:
+            loss = loss + keep_meta * self_ce.practice(phases, learner, 0)
+        loss.backward()
+        phases.take_step(learner, optimizer)
 
-    def with_lever(**levers):
-        """A self step of the frozen arm with levers of the self phase."""
-        before = {k: getattr(self_ce, k) for k in levers}
-        vars(self_ce).update(levers)
-        loss, logits = self_ce.self_loss(run, "frozen", gpt, [critic], w, obs, 0, {})
-        if self_ce.keep_meta:
-            own, seen = self_ce.kept_pairs(run, None, gpt, None, 0)
-            loss = loss + self_ce.keep_meta * self_ce.imitation(self_ce.critic_logits(gpt, own, seen), seen)
-        if self_ce.anchor:
-            loss = loss + self_ce.anchor * self_ce.leash(gpt, snapshot, x, logits)
-        old = [p.detach().clone() for p in gpt.parameters()] if self_ce.trust else None
-        self_ce.take_step(run, gpt, optimizer, loss)
-        if old:
-            self_ce.hold_back(run, gpt, old, x, logits)
-        vars(self_ce).update(before)
-
-    def adversarial(kind):
-        before = self_ce.adversarial, self_ce.adversary
-        self_ce.adversarial, self_ce.adversary = 0.3, kind
-        meta(False)
-        self_ce.adversarial, self_ce.adversary = before
-
+    @torch.no_grad()
     def watching():
         """The watch's share of ten steps: ten values of each stream, and one reading of the probe."""
-        with torch.no_grad():
-            self_ce.critic_logits(critic, obs[:4], obs[:4]).argmax(-1)
+        self_ce.critic_logits(critic, text[:4, 1:], text[:4, 1:]).argmax(-1)
         watch.update(10, torch.from_numpy(values[:10]), 0.9)
 
-    return {"plain step": lambda: plain(gpt, optimizer),
-            "plain step, explicit attention": lambda: plain(gpt, optimizer, fused=False),
+    return {"plain step": lambda: plain(learner, optimizer),
+            "plain step, explicit attention": lambda: plain(learner, optimizer, fused=False),
             "torch.nn.TransformerEncoder": lambda: plain(library, other),
-            "meta step": lambda: meta(False), "meta step, order=2": lambda: meta(True),
-            "meta step, adversary random": lambda: adversarial("random"),
-            "meta step, adversary flips": lambda: adversarial("flips"),
-            "self step, real": lambda: in_self_phase("real"), "self step, frozen": lambda: in_self_phase("frozen"),
-            "self step, keep_meta random": lambda: with_lever(keep_meta=0.1),
-            "self step, anchor": lambda: with_lever(anchor=0.3), "self step, trust": lambda: with_lever(trust=0.001),
+            "meta step": meta, "meta step, order=2": lambda: meta(second=True),
+            "meta step, adversary random": lambda: meta("random"),
+            "meta step, adversary flips": lambda: meta("flips"),
+            "self step, real": lambda: self_step("real"), "self step, frozen": lambda: self_step("frozen"),
+            "self step, keep_meta": lambda: self_step("self", 0.1),
             "the watch, each ten steps": watching}
 
 
 def stage_2():
     """{name: step}, the step of the real arm first."""
-    run, lay = Alone(), gb.layout(gb.block_size, "cpu")
-    w = torch.randint(0, gb.vocab, (gb.batch_size, gb.block_size + 1))
-    learner = GPT(GPTConfig(gb.vocab, gb.n_gist + 1, gb.n_layer, gb.n_head, gb.n_embd))
-    judge, optimizer = GPT(learner.config).requires_grad_(False), adamw(learner, 1e-4)
-    contextual = gb.Critic(judge, None, torch.randn(gb.n_gist * gb.n_embd, 16))
-    static = gb.Critic(None, torch.randn(gb.vocab, 16), torch.eye(16))
+    lay = layout(gb.block_size, gb.chunk, gb.n_gist, gb.vocab, "cpu")
+    text, phases, (learner, optimizer) = text_of(gb), Alone(gb), learner_of(gb, gb.n_gist + 1)
+    critic = GPT(learner.config).requires_grad_(False)
+    gist = Space("gist", whiten=torch.randn(gb.n_gist * gb.n_embd, 16))
+    random = Space("random", whiten=torch.eye(16), table=torch.randn(gb.vocab, 16))
 
-    def real():
-        logits = gb.read(learner, lay, w[:, :-1])
-        gb.take_step(run, learner, optimizer, F.cross_entropy(logits.flatten(0, 1), w[:, 1:].flatten()))
+    def step(loss):
+        loss.backward()
+        phases.take_step(learner, optimizer)
 
-    def in_self_phase(critic):
-        gb.take_step(run, learner, optimizer, gb.self_loss("frozen", 0, learner, critic, lay, w, None,
-                                                           gb.chance(run, 0), {}))
+    def frozen(space):
+        step(gb.self_loss(phases, "frozen", learner, critic, space, lay, text, text, 0, {}))
 
-    return {"self step, real": real, "self step, frozen": lambda: in_self_phase(contextual),
-            "self step, static": lambda: in_self_phase(static)}
+    return {"self step, real": lambda: step(gb.real_loss(learner, lay, text, "gist", {})),
+            "self step, frozen": lambda: frozen(gist), "self step, random": lambda: frozen(random)}
 
 
-def meta_parts(steps, batch):
-    """{name: call}: the first-order parts of a meta step of stage 3, `steps` inner gradients and the outer one; then the
-    meta step by each mixed product."""
-    learner, critic = mg.make_nets(Alone())
-    theta, phi = mg.weights(learner), mg.weights(critic, mg.read_by(critic))
-    text = lambda rows: torch.randint(0, mg.vocab, (rows, mg.block_size + 1))
-    batches = [(w, w[:, 1:]) for w in (text(batch) for _ in range(steps))]
-    outer, average = text(4 * batch), Alone().average
+def stage_3():
+    """{name: step}, the step of the real arm first."""
+    text, (learner, optimizer) = text_of(mg), learner_of(mg)
+    phases = Alone(mg, learner=learner, optimizer=optimizer, critic=mg.Critic())
+
+    def frozen(chunk):
+        mg.chunk = chunk
+        mg.signal_step(phases, "frozen", text, 0)
+
+    return {"self step, real": lambda: mg.real_step(phases, text),
+            "self step, frozen, chunk 1": lambda: frozen(1), "self step, frozen, chunk 4": lambda: frozen(4)}
+
+
+def meta_parts(steps, rows):
+    """{name: call}: the gradients of `steps` inner steps and the outer one, and a whole meta step of stage 3.
+
+    rows: texts of an inner step; four times as many judge.
+    """
+    mg.chunk = 1
+    (learner, _), critic = learner_of(mg), mg.Critic()
+    theta, phi, average = by_name(learner), by_name(critic), Alone.average
+    texts, outer = [text_of(mg, rows) for _ in range(steps)], text_of(mg, 4 * rows)
+    chances = [torch.rand(rows, 1, mg.block_size) for _ in texts]
 
     def first_order():
-        for b in batches:
-            mg.inner_gradient((learner, critic), theta, phi, b, None, average)
-        torch.func.grad(lambda th: mg.cross_entropy(learner, th, outer))(theta)
+        for text, u in zip(texts, chances):
+            mg.inner_gradient(learner, theta, phi, text, text[:, 1:], u, average)
+        mg.real_gradient(learner, theta, outer)
 
-    def second_order(mixed):
-        mg.mixed = mixed
-        mg.meta_step((learner, critic), theta, phi, batches, [None] * steps, outer, average)
-    return {"first order": first_order, **{f"meta step, {m}": lambda m=m: second_order(m)
-                                           for m in ("difference", "forward", "graph")}}
+    return {"first order": first_order,
+            "meta step": lambda: mg.meta_step(learner, theta, phi, texts, chances, outer, average)}
+
+
+def measure(title, steps, tokens, rounds, repeats=3):
+    """Prints, of each step, the median time and the median over rounds of its ratio to the first one's."""
+    times = {name: [] for name in steps}
+    for round_ in range(rounds + 1):
+        for name, step in steps.items():
+            began = time.perf_counter()
+            for _ in range(repeats):
+                step()
+            if round_:  # the first round warms up
+                times[name].append((time.perf_counter() - began) / repeats)
+    print(title)
+    base = np.array(next(iter(times.values())))
+    for name, seconds in times.items():
+        ratio, ms = np.median(np.array(seconds) / base), 1e3 * np.median(seconds)
+        print(f"  {name:<32} {ms:7.1f} ms {1e3 * tokens / ms:10,.0f} tokens/s {ratio:7.2f} x", flush=True)
 
 
 def kilobytes(name):
     """VmRSS or VmHWM, memory of this process now and at its highest, as Linux counts it."""
-    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    return int(re.search(rf"{name}:\s+(\d+)", STATUS.read_text())[1])
 
 
 def peak(steps, name, answer):
@@ -177,9 +204,13 @@ def peak(steps, name, answer):
     answer.put((kilobytes("VmHWM") - before) / 1024)
 
 
-def memory():
+def memory(counts):
+    """Prints the peak memory of meta steps of 64 texts beside that of their first-order parts."""
+    if not STATUS.exists():
+        return print("peak memory is counted on Linux alone")
+    print("meta_gist.py: peak memory, 64 texts")
     processes = multiprocessing.get_context("spawn")
-    for steps in (1, 4, 8):
+    for steps in counts:
         found = {}
         for name in meta_parts(1, 1):
             answer = processes.Queue()
@@ -187,41 +218,32 @@ def memory():
             process.start()
             found[name] = answer.get(timeout=300)
             process.join()
-            print(f"  {f'{name}, {steps} steps: peak memory':<44} {found[name]:7.0f} MB "
-                  f"{found[name] / found['first order']:7.2f} x")
-
-
-def measure(title, steps, tokens):
-    times = {name: [] for name in steps}
-    for round_ in range(ROUNDS + 1):
-        for name, step in steps.items():
-            began = time.perf_counter()
-            for _ in range(STEPS):
-                step()
-            if round_:  # the first round warms up
-                times[name].append((time.perf_counter() - began) / STEPS)
-    base = np.array(next(iter(times.values())))
-    print(title)
-    for name, seconds in times.items():
-        ratio = np.median(np.array(seconds) / base)
-        ms = 1e3 * np.median(seconds)
-        print(f"  {name:<32} {ms:7.1f} ms {1e3 * tokens / ms:10,.0f} tokens/s {ratio:7.2f} x")
+            print(f"  {f'{name}, {steps} inner steps':<32} {found[name]:7.0f} MB "
+                  f"{found[name] / found['first order']:7.2f} x", flush=True)
 
 
 def main():
-    stages = sys.argv[1:] or ["1", "2", "3"]
+    words = set(sys.argv[1:])
+    if words & {"-h", "--help"}:
+        print(__doc__.strip())
+        return
+    if words - {"1", "2", "3", "--quick"}:
+        refuse(f"{min(words - {'1', '2', '3', '--quick'})!r} is not one of 1, 2, 3, --quick (see --help)")
+    stages, rounds = words - {"--quick"} or {"1", "2", "3"}, 3 if "--quick" in words else 7
     torch.manual_seed(0)
-    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of {ROUNDS} rounds")
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of {rounds} rounds")
+    sizes = lambda script: (f"{script.__name__}.py: {script.batch_size} x {script.block_size} tokens, "
+                            f"{script.vocab} ids, width {script.n_embd}")
     if "1" in stages:
-        measure(f"self_ce.py: {B} x {T} tokens, {V} ids, width {C}", stage_1(), B * T)
+        measure(sizes(self_ce), stage_1(), self_ce.batch_size * self_ce.block_size, rounds)
     if "2" in stages:
-        measure(f"gist_bottleneck.py: {gb.batch_size} x {gb.block_size} tokens, {gb.vocab} ids, width {gb.n_embd}",
-                stage_2(), gb.batch_size * gb.block_size)
+        measure(sizes(gb), stage_2(), gb.batch_size * gb.block_size, rounds)
     if "3" in stages:
+        tokens = mg.batch_size * mg.block_size
+        measure(sizes(mg), stage_3(), tokens, rounds)
         for steps in (1, 4, 8):
-            measure(f"meta_gist.py: {mg.batch_size} x {mg.block_size} tokens, {mg.vocab} ids, width {mg.n_embd}, "
-                    f"{steps} inner steps", meta_parts(steps, mg.batch_size), steps * mg.batch_size * mg.block_size)
-        memory()
+            measure(f"{sizes(mg)}, {steps} steps", meta_parts(steps, mg.batch_size), steps * tokens, rounds)
+        memory((1, 4, 8))
 
 
 if __name__ == "__main__":

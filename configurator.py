@@ -29,6 +29,9 @@ POSITIVE = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "eval_int
             "save_interval", "learning_rate", "grad_clip", "vocab")
 # What may differ when a run is resumed: how it computes, and which arms it adds; never what it computes.
 FREE_ON_RESUME = ("arms", "device", "compile", "wandb_log", "save_interval", "resume")
+# What no meta phase reads: with `start`, the other settings must be those of the run started from.
+SELF_PHASE = ("arms", "self_steps", "hack_margin", "ema_decay", "eval_interval", "eval_windows",
+              "save_interval", "device", "compile", "out_dir", "resume", "start", "wandb_log")
 
 
 def refuse(message):
@@ -36,6 +39,11 @@ def refuse(message):
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def refuse_if(wrong, message):
+    if wrong:
+        refuse(message)
 
 
 def read_settings(path):
@@ -162,6 +170,8 @@ def check_common(settings):
             refuse(f"{name}={settings[name]} must be above 0")
     if settings["seed"] >= 2**63:
         refuse(f"seed={settings['seed']} must be below 2**63")
+    share = settings.get("ema_decay", 0)
+    refuse_if(share >= 1, f"ema_decay={share} must be below 1: it is the share of the old weights that stays")
     n_embd, n_head = settings["n_embd"], settings["n_head"]
     if n_embd % n_head or (n_embd // n_head) % 2:
         refuse(f"n_embd={n_embd} must be an even multiple of n_head={n_head} (rotary positions turn pairs)")

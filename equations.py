@@ -19,11 +19,17 @@ ranks then find what one finds with the whole batch. The mean of second orders t
 is another thing.
 """
 import torch
+from torch.func import functional_call
 
 
 def by_name(module):
     """The weights of a module, detached."""
     return {n: p.detach() for n, p in module.named_parameters()}
+
+
+def bound(module, weights):
+    """The module as a function that has other weights."""
+    return lambda *inputs, **options: functional_call(module, weights, inputs, options)
 
 
 def dot(a, b):

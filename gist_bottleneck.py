@@ -1,12 +1,12 @@
 """
-Stage 2: can a language model learn from the distance between the gist of its own text and the gist of the truth?
+Stage 2: can a language model learn from how far the gist of its own text is from the gist of the truth?
 
     python gist_bottleneck.py                                      # two cores, about 4 minutes
     python gist_bottleneck.py --chunk=8 --n_gist=2                 # any setting below
     torchrun --standalone --nproc_per_node=2 gist_bottleneck.py    # the same numbers on two ranks
 
-Meta phase: cross entropy, on text cut into chunks, each with gist tokens G. Later chunks see an earlier one through
-its gists alone, so what they need of it must pass through; full and none are the controls of the same compute:
+Meta phase: cross entropy, on text cut into chunks, each with gist tokens G. Later chunks see an earlier one
+through its gists alone, so what they need of it must pass through; full and none are the controls:
 
                     gist                        full                    none
                 x0 x1 G0 x2 x3 G1        x0 x1 G0 x2 x3 G1       x0 x1 G0 x2 x3 G1
@@ -15,29 +15,29 @@ its gists alone, so what they need of it must pass through; full and none are th
 
     gist share = (none − gist) / (none − full), cross entropies of the chunks that have earlier ones
 
-Self phase: after every true prefix the learner p has its own tokens v, the likeliest; the critic reads each, and the
-true token x, in that prefix, and gives their gists. With d the distance of two gists:
+Self phase: after every true prefix the learner p has its own tokens v, the likeliest; the critic reads each,
+and the true token x, in that prefix, and gives their gists. With d the distance of two gists:
 
     K(v, w) = softmax_w(−d²(v, w) / τ)
-    praise     −Σ_v a(v) log p_v,  a(v) = K(x, v) − Σ_w p_w K(w, v), held fixed     zero at the truth, on average
-    energy     E d(y, x) − ½ E d(y, y′)                                             proper, and weak
-    plain      E d(y, x)                              lowest on the most typical text: improper, and it destroys
+    praise    −Σ_v a(v) log p_v,  a(v) = K(x, v) − Σ_w p_w K(w, v), held fixed    zero at the truth, in mean
+    energy    E d(y, x) − ½ E d(y, y′)                                            proper, and weak
+    plain     E d(y, x)                                    lowest on the most typical text: it destroys
 
-No gradient reaches the gist of the truth. "None of these" is an outcome of its own. Spans of several own tokens are
-sampled, and learned from by the score function. In the arm forecast what the critic expects after a span stands for
-its gist: alike is what has the same future. In the arm random as many random numbers do.
+No gradient reaches the gist of the truth. "None of these" is an outcome of its own. Spans of several own
+tokens are sampled, and learned from by the score function. In the arm forecast what the critic expects after
+a span stands for its gist: alike is what has the same future. In the arm random random numbers do.
 """
 import copy
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call, grad, grad_and_value, jvp
+from torch.func import grad, grad_and_value, jvp
 
-from configurator import chosen, refuse
-from equations import by_name, follow, inner_step, praise, pull_back
-from gists import (LARGEST_FORECAST, Space, layout, make_spaces, past_of, read, score_function, spans_at,
-                   squared_distances, starts_of, steadiness, vectors, write_spans)
+from configurator import chosen, refuse_if
+from equations import bound, by_name, follow, inner_step, praise, pull_back
+from gists import (LARGEST_FORECAST, Space, carried, layout, make_spaces, past_of, read, score_function,
+                   spans_at, squared_distances, starts_of, steadiness, vectors, write_spans)
 from model import GPT, GPTConfig, adamw
 from phases import Phases, read_corpus
 from prepare_data import corpus_id, val_windows
@@ -59,7 +59,7 @@ every = 2               # own spans begin after every so many prefixes, others a
 candidates = 8          # own spans at each prefix: the likeliest tokens, or samples of longer spans
 distance = "praise"     # "praise" | "energy" | "plain": the loss over distances, see above
 tau = 0.1               # what counts as alike, where two own spans at one prefix are at d² = 1 on average
-critic_from = ""        # the folder of another run, of any size, whose model is the critic; "": the learner's copy
+critic_from = ""        # the folder of another run, of any size, whose model is the critic; "": the learner's
 ema_decay = 0.999       # arm ema: the critic's weights are this share old, the rest the learner's, each step
 order = 1               # 1: the bottleneck alone makes the gists; 2: then also how much a step on them helps
 order_steps = 100       # order 2: steps of the critic, after the bottleneck's
@@ -93,54 +93,27 @@ start = ""              # the folder of a run whose finished meta phase to start
 wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Biases
 
 ARMS = ("real", "self", "frozen", "ema", "shuffled", "sharpen", "forecast", "random")
-# Settings that the meta phase does not read: with `start`, the others must be those of the run started from.
-SELF_PHASE = ("arms", "self_steps", "hack_margin", "span", "every", "candidates", "distance", "tau", "critic_from",
-              "ema_decay", "order", "order_steps", "inner_length", "eval_interval", "eval_windows", "save_interval",
-              "device", "compile", "out_dir", "resume", "start", "wandb_log")
+# Settings that the meta phase does not read, beside those of configurator.SELF_PHASE.
+SELF_PHASE = ("span", "every", "candidates", "distance", "tau", "critic_from", "order", "order_steps",
+              "inner_length")
 # Independent streams of data and of random numbers.
 TEXT, FOREIGN, CHANCE, RULER, PROBE, TABLE, INNER, OUTER = range(8)
 RULER_STEPS = 100        # on which the watch is calibrated, the fewest that it takes
 CRITIC_RATE = 3e-4       # order 2: Adam's learning rate of the critic
-RESTART = 20             # order 2: inner steps after which the learner goes back to the snapshot: a critic that sees
-                         # one learner alone memorises one good direction
+RESTART = 20             # order 2: inner steps after which the learner goes back to the snapshot
 
 
-# ---- the meta phase: how much the gists carry
+# ---- what the learner says, and would say itself
 
-def cross_entropy(model, lay, text, how="gist"):
-    """(nats a token of text [B, T + 1] read under a mask, logits [B, T, V])."""
+def real_loss(model, lay, text, how="gist", tally=None):
+    """Cross entropy of text [B, T + 1] read under a mask, nats a token: what the meta phase and the arm real
+    train on, and O, what judges an inner step."""
     logits = read(model, lay, text[:, :-1], how)
-    return F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()), logits
-
-
-def real_loss(model, lay, text, how, tally):
-    """Cross entropy: what the meta phase and the arm real train on."""
-    loss, logits = cross_entropy(model, lay, text, how)
-    logp = logits.detach().log_softmax(-1)
-    note(tally, loss, logp, text[:, 1:-1], agreement=torch.ones_like(loss))
+    loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
+    if tally is not None:
+        note(tally, loss, logits.detach().log_softmax(-1), text[:, 1:-1], agreement=torch.ones_like(loss))
     return loss
 
-
-@torch.no_grad()
-def carried(run, corpus, models, lay):
-    """{"later": nats a token of all chunks but the first, by mask; "gist_share": what gists carry of full − none}."""
-    texts, later = val_windows(corpus.val, eval_windows, block_size + 1).to(run.device), {}
-    for how, model in models.items():
-        total = 0.0
-        for text in texts.split(batch_size):
-            with run.autocast():
-                logits = read(model, lay, text[:, :-1], how)[:, chunk:].flatten(0, 1)
-            total += F.cross_entropy(logits, text[:, chunk + 1:].flatten(), reduction="sum").item()
-        later[how] = total / texts[:, chunk + 1:].numel()
-    run.say("cross entropy of later chunks: " + ", ".join(f"{how} {nats:.3f}" for how, nats in later.items()))
-    if len(later) < 3:
-        return dict(later=later)
-    share = (later["none"] - later["gist"]) / (later["none"] - later["full"])
-    run.say(f"the gists carry {share:.0%} of what earlier chunks tell")
-    return dict(later=later, gist_share=share)
-
-
-# ---- what the learner would say itself
 
 def own_starts(where, step=None):
     """int [N]: where own spans begin; at a step, at every `every`-th of these places."""
@@ -154,10 +127,8 @@ def with_none(logp):
 
 
 def own_spans(phases, learner, lay, x, starts, step):
-    """(own spans, int [B, N, M, span]; their log probabilities; the learner's logits on x, [B, T, V]).
-
-    Single tokens are the likeliest, with log probabilities [B, N, M + 1], "none" last; longer spans are samples.
-    """
+    """(own spans, int [B, N, M, span]; their log probabilities; the learner's logits on x, [B, T, V]): the
+    likeliest tokens, with log probabilities [B, N, M + 1], "none" last; or samples of longer spans."""
     past = {}
     logits = read(learner, lay, x, cache=past)
     before = logits[:, starts - 1].log_softmax(-1)
@@ -183,7 +154,7 @@ def target_of(d2):
     nearest, which = d2[..., -1, :-1].min(-1)
     rows = kernel(d2[..., :-1, :-1])
     row = rows.gather(-2, which[..., None, None].expand(*which.shape, 1, rows.size(-1)))[..., 0, :]
-    met = (nearest < max(0.01 * tau, 1e-5)).unsqueeze(-1)  # the kernel cannot tell them apart, or float32 cannot
+    met = (nearest < max(0.01 * tau, 1e-5)).unsqueeze(-1)  # neither kernel nor float32 can tell them apart
     return torch.cat((row * met, (~met).to(row.dtype)), -1)
 
 
@@ -206,29 +177,34 @@ def energy_loss(logp, d2, target):
     return plain_loss(logp, d2, target) - 0.5 * ((p.unsqueeze(-2) @ apart).squeeze(-2) * p).sum(-1)
 
 
-LOSS = dict(praise=praise_loss, energy=energy_loss, plain=plain_loss)  # logp, target: [..., M + 1], "none" last
+LOSS = dict(praise=praise_loss, energy=energy_loss, plain=plain_loss)  # logp, target: [..., M + 1]
 
 
 def hear(phases, arm, learner, critic, space, lay, text, foreign, starts, step):
-    """(log probabilities, d2, own spans, logits): what the critic makes of own spans beside the true ones.
+    """What the critic makes of own spans beside the true ones: (own spans, log probabilities, d2, target,
+    agreement: how much of the target falls on the observation, where that is among own spans; logits).
 
-    text, foreign: int [B, T + 1]; in the arm shuffled the critic reads the foreign one as the observation, and in
+    text, foreign: int [B, T + 1]; in the arm shuffled the critic reads the foreign one as the observation, in
     the arm sharpen what the learner itself is likeliest to say.
     """
-    x = text[:, :-1]
+    x, truth = text[:, :-1], spans_at(text, starts, span)
     own, logp, logits = own_spans(phases, learner, lay, x, starts, step)
-    seen = own[:, :, 0] if arm == "sharpen" else spans_at(foreign if arm == "shuffled" else x, starts, span)
+    foreign = spans_at(foreign, starts, span)
+    seen = foreign if arm == "shuffled" else own[:, :, 0] if arm == "sharpen" else truth
     with torch.no_grad():  # gists are data to the learner
         past = past_of(space, critic, lay, x)
         g = vectors(space, critic, lay, past, starts, torch.cat((own, seen.unsqueeze(2)), 2))
-    return logp, squared_distances(g), own, logits
+    d2, among = squared_distances(g), (own == truth.unsqueeze(2)).all(-1)
+    target = target_of(d2)
+    agreement = (target[..., :-1] * among).sum() / among.any(-1).sum().clamp_min(1)
+    return own, logp, d2, target, agreement, logits
 
 
 def self_loss(phases, arm, learner, critic, space, lay, text, foreign, step, tally):
-    """Distance of own and true gists, in mean over prefixes: what an arm trains on. No real token is a target."""
+    """Distance of own and true gists, in mean over prefixes: what an arm trains on."""
     starts = own_starts(text.device, step)
-    logp, d2, own, logits = hear(phases, arm, learner, critic, space, lay, text, foreign, starts, step)
-    target = target_of(d2)
+    heard = hear(phases, arm, learner, critic, space, lay, text, foreign, starts, step)
+    _, logp, d2, target, agreement, logits = heard
     if span == 1:
         loss = LOSS[distance](logp, d2, target).mean()
     else:
@@ -236,48 +212,30 @@ def self_loss(phases, arm, learner, critic, space, lay, text, foreign, step, tal
         value, weight = score_function(far, proper=distance != "plain")
         loss = (weight * logp).mean()
         loss = loss + (value.mean() - loss).detach()
-    echo = target[..., 0].mean()  # the likeliest own token comes first
-    note(tally, loss, logits.detach().log_softmax(-1), text[:, 1:-1], echo=echo, outside=target[..., -1].mean(),
-         agreement=agreement_of(target, own, text, starts),
+    note(tally, loss, logits.detach().log_softmax(-1), text[:, 1:-1], agreement=agreement,
+         echo=target[..., 0].mean(), outside=target[..., -1].mean(),  # the likeliest own token comes first
          target_entropy=torch.special.entr(target).sum(-1).mean())
     return loss
 
 
-def agreement_of(target, own, text, starts):
-    """How much of the critic's target falls on the observation, where that is among the own spans."""
-    among = (own == spans_at(text, starts, span).unsqueeze(2)).all(-1)
-    return (target[..., :-1] * among).sum() / among.any(-1).sum().clamp_min(1)
-
-
 # ---- second order: see equations.py for θ′, w and what is averaged over ranks
-
-def bound(learner, theta):
-    """The learner as a function with other weights."""
-    return lambda *inputs, **options: functional_call(learner, theta, inputs, options)
-
 
 def inner_loss(logp, d2):
     """L(θ, φ): θ makes the log probabilities of own tokens, φ the distances."""
     return LOSS[distance](logp, d2, target_of(d2)).mean()
 
 
-def outer_loss(learner, theta, lay, text):
-    """O(θ): cross entropy of other text, nats a token."""
-    return cross_entropy(bound(learner, theta), lay, text)[0]
-
-
 def mixed_product(logp_of, theta, phi, d2, w):
-    """∂_φ ⟨∇_θ L, w⟩ = ∂_φ ⟨∂L/∂ℓ, ℓ̇⟩: L knows θ through ℓ = log p of own tokens alone; ℓ̇ is how w moves it."""
+    """∂_φ ⟨∇_θ L, w⟩ = ∂_φ ⟨∂L/∂ℓ, ℓ̇⟩: L knows θ through ℓ = log p of own tokens; ℓ̇ is how w moves it."""
     logp, moves = jvp(lambda th: logp_of(th, fused=False), (theta,), (w,))
     logp = logp.detach().requires_grad_()
     slope = torch.autograd.grad(inner_loss(logp, d2), logp, create_graph=True)[0]
-    product = (slope * moves.detach()).sum()
-    found = torch.autograd.grad(product, list(phi.values()), allow_unused=True)  # the last block makes no gist
+    found = torch.autograd.grad((slope * moves.detach()).sum(), list(phi.values()), allow_unused=True)
     return {n: torch.zeros_like(p) if t is None else t for (n, p), t in zip(phi.items(), found)}
 
 
 def second_order(learner, theta, critic, space, lay, text, outer_text, average):
-    """How the critic should have moved the learner's step: (dφ by name, θ′ by name, gain of the step in nats)."""
+    """How the critic should have moved the learner's step: (dφ and θ′ by name, gain of the step in nats)."""
     x, starts, phi = text[:, :-1], own_starts(text.device), dict(critic.named_parameters())
     logp_of = lambda th, **options: read(bound(learner, th), lay, x, **options)[:, starts - 1].log_softmax(-1)
     own = logp_of(theta).topk(candidates).indices.unsqueeze(-1)
@@ -287,17 +245,18 @@ def second_order(learner, theta, critic, space, lay, text, outer_text, average):
     g = grad(lambda th: inner_loss(own_logp(th), d2.detach()))(theta)
     average(list(g.values()))
     moved = inner_step(theta, g, inner_length)
-    lam, after = grad_and_value(lambda th: outer_loss(learner, th, lay, outer_text))(moved)
+    outer_loss = lambda th: real_loss(bound(learner, th), lay, outer_text)
+    lam, after = grad_and_value(outer_loss)(moved)
     average(list(lam.values()))
     dphi = mixed_product(own_logp, theta, phi, d2, pull_back(g, lam, inner_length))
     average(list(dphi.values()))
-    return dphi, moved, outer_loss(learner, theta, lay, outer_text).detach() - after
+    return dphi, moved, outer_loss(theta).detach() - after
 
 
 def train_critic(phases, learner, critic, space, lay):
-    """`order_steps` of second order on the critic; the gain of the inner step, mean of the last tenth, in nats.
+    """`order_steps` of second order on the critic; the gain of an inner step at their end, in nats.
 
-    Each step goes on from where the one before led; a critic that sees one learner alone memorises one direction.
+    Each goes on from where the one before led: a critic that sees one learner alone memorises one direction.
     """
     gains, optimizer = [], torch.optim.Adam(critic.parameters(), CRITIC_RATE)
     critic.requires_grad_(True)
@@ -308,9 +267,7 @@ def train_critic(phases, learner, critic, space, lay):
         phases.take_step(critic, optimizer, dphi, noted=False)
         gains.append(phases.run.mean(gain))
     critic.requires_grad_(False)
-    gain = float(np.mean(gains[-max(1, order_steps // 10):]))
-    phases.run.say(f"{order_steps} steps of second order: at the end an inner step gains {gain:.4f} nats")
-    return gain
+    return float(np.mean(gains[-max(1, order_steps // 10):]))
 
 
 # ---- the critic: how its gists are compared, how it stands, what the reports show
@@ -325,33 +282,31 @@ def examine(run, corpus, critic, space, lay):
 
 @torch.no_grad()
 def calibrate(phases, learner, critic, space, lay):
-    """Shows the watch what is healthy: the streams on fresh text at the end of the meta phase, where nothing moves."""
+    """Shows the watch what is healthy: the streams on fresh text after the meta phase; nothing moves."""
     watches, tally = phases.kept["watches"], {}
     if space.kind not in watches:
         for step in range(1, RULER_STEPS + 1):
             with phases.run.autocast():
                 text = phases.text(step, RULER)
-                self_loss(phases, "frozen", learner, critic, space, lay, text, None, step, tally)
+                self_loss(phases, "frozen", learner, critic, space, lay, text, text, step, tally)
         phases.run.average([tally["stream"]])
         agreement = examine(phases.run, phases.corpus, critic, space, lay)["agreement_probe"]
-        streams = tally["stream"].cpu().numpy()
-        phases.watch.calibrate(streams, batch_size * block_size, agreement, 4 * block_size)
+        phases.watch.calibrate(tally["stream"].cpu(), batch_size * block_size, agreement, 4 * block_size)
         watches[space.kind] = phases.watch.state_dict()
     phases.watch.load_state_dict(watches[space.kind])
 
 
 @torch.no_grad()
 def ask(phases, learner, critic, space, lay):
-    """(own, observation, target, agreement) on the text to come as the arm reads it; tokens of its first row, spans
-    side by side. target: the critic's heaviest, None where that is none of the own spans."""
-    text, foreign = (phases.text(meta_steps + phases.step, stream) for stream in (TEXT, FOREIGN))
-    starts = own_starts(text.device)
-    _, d2, own, _ = hear(phases, phases.arm, learner, critic, space, lay, text, foreign, starts, 0)
-    target, truth = target_of(d2), spans_at(text, starts, span)
-    apart, heaviest = (starts % chunk % span == 0).nonzero()[:, 0].tolist(), target.argmax(-1)[0].tolist()
-    named = [own[0, i, heaviest[i]].tolist() if heaviest[i] < own.size(2) else [None] * span for i in apart]
-    return (own[0, apart, 0].flatten().tolist(), truth[0, apart].flatten().tolist(), sum(named, []),
-            agreement_of(target, own, text, starts))
+    """(own, observation, target, agreement) on the text to come as the arm reads it: first tokens of spans,
+    of its first row. target: of the critic's heaviest, None where that is none of the own spans."""
+    texts = [phases.text(meta_steps + phases.step, stream) for stream in (TEXT, FOREIGN)]
+    text, starts = texts[0], own_starts(texts[0].device)
+    heard = hear(phases, phases.arm, learner, critic, space, lay, *texts, starts, 0)
+    own, _, _, target, agreement, _ = heard
+    said = own[0, ..., 0].tolist()
+    named = [(spans + [None])[heaviest] for spans, heaviest in zip(said, target[0].argmax(-1).tolist())]
+    return [spans[0] for spans in said], text[0, starts].tolist(), named, agreement
 
 
 # ---- the run
@@ -359,35 +314,29 @@ def ask(phases, learner, critic, space, lay):
 def check():
     """(arms, masks by name). Refuses settings that cannot be."""
     names, masks = chosen("arms", arms, ARMS), chosen("controls", controls, ("full", "none"))
-    starts = len(own_starts("cpu"))
-    for wrong, message in (
-            (chunk < 1 or block_size % chunk or block_size < 2 * chunk,
-             f"chunk={chunk} must cut block_size={block_size} into two whole chunks or more"),
-            (not 1 <= n_gist <= chunk, f"n_gist={n_gist} must be from 1 to chunk={chunk}: more compress nothing"),
-            (not 1 <= span <= chunk, f"span={span} must be from 1 to chunk={chunk}"),
-            (n_layer < 2, f"n_layer={n_layer} must be 2 or more: the gist is what enters the last block"),
-            (not 1 <= every <= starts, f"every={every} must be from 1 to {starts}, the prefixes that there are"),
-            (not meta_steps, f"meta_steps={meta_steps} must be above 0"),
-            (order not in (1, 2), f"order={order} must be 1 (the bottleneck alone) or 2 (and second order)"),
-            (order == 2 and not order_steps, f"order_steps={order_steps} must be above 0 with order=2"),
-            (order == 2 and (span > 1 or "forecast" in names),
-             "order=2 trains gists of single tokens: leave out the arm 'forecast', and --span"),
-            (span > 1 and "sharpen" in names, f"arm 'sharpen' reads single tokens: leave it out with span={span}"),
-            ("forecast" in names and vocab > LARGEST_FORECAST,
-             f"arm 'forecast' compares all {vocab} log probabilities: it needs vocab={LARGEST_FORECAST} or less"),
-            (not 2 <= candidates <= (vocab - 1 if span == 1 else 10**6),
-             f"candidates={candidates} must be 2 or more, and below vocab={vocab}"),
-            (not tau > 0, f"tau={tau} must be above 0"),
-            (ema_decay >= 1, f"ema_decay={ema_decay} must be below 1: it is the share of the old weights that stays"),
-            (critic_from and {"self", "ema"} & set(names),
-             "arms 'self' and 'ema' have the learner for a critic: leave them out with critic_from")):
-        if wrong:
-            refuse(message)
+    refuse_if(chunk < 1 or block_size % chunk or block_size < 2 * chunk,
+              f"chunk={chunk} must cut block_size={block_size} into two whole chunks or more")
+    refuse_if(not 1 <= n_gist <= chunk, f"n_gist={n_gist} must be from 1 to chunk={chunk}")
+    refuse_if(not 1 <= span <= chunk, f"span={span} must be from 1 to chunk={chunk}")
+    refuse_if(n_layer < 2, f"n_layer={n_layer} must be 2 or more: the gist is what enters the last block")
+    starts, most = len(own_starts("cpu")), vocab - 1 if span == 1 else 10**6
+    refuse_if(not 1 <= every <= starts, f"every={every} must be from 1 to {starts}, the prefixes there are")
+    refuse_if(not 2 <= candidates <= most, f"candidates={candidates} must be from 2 to {most}")
+    refuse_if(not meta_steps, f"meta_steps={meta_steps} must be above 0")
+    refuse_if(not tau > 0, f"tau={tau} must be above 0")
+    refuse_if(order not in (1, 2), f"order={order} must be 1 (the bottleneck alone) or 2 (and second order)")
+    refuse_if(order == 2 and not order_steps, f"order_steps={order_steps} must be above 0 with order=2")
+    refuse_if(order == 2 and "forecast" in names, "order=2 trains no forecast: leave out the arm 'forecast'")
+    refuse_if(span > 1 and (order == 2 or "sharpen" in names), f"span={span} must be 1 with order=2 or sharpen")
+    refuse_if("forecast" in names and vocab > LARGEST_FORECAST,
+              f"vocab={vocab} must be at most {LARGEST_FORECAST} for the arm 'forecast'")
+    refuse_if(critic_from and {"self", "ema"} & set(names),
+              "arms 'self' and 'ema' have the learner for a critic: leave them out with critic_from")
     return names, ["gist", *masks]
 
 
 def rate(arm, step):
-    """The learning rate: warm-up, plateau, and in the last 30 % of the meta phase a fall to that of the self phase."""
+    """The learning rate: warm-up, plateau, in the last 30 % of the meta phase a fall to the self phase's."""
     if arm != "meta":
         return self_learning_rate
     left = min(1.0, (meta_steps - step) / (0.3 * meta_steps))
@@ -395,30 +344,23 @@ def rate(arm, step):
     return top * min(1.0, (step + 1) / max(1, warmup))
 
 
-def critic_of(run, corpus):
-    """(the critic, its weights or None): of another run's sizes, or of the learner's own."""
-    theirs = run.resumed["kept"]["critic_sizes"] if run.resumed else run.settings
-    if critic_from and not run.resumed:
-        theirs = read_bottleneck(critic_from, run.device, corpus_id(corpus), vocab=vocab, chunk=chunk, n_gist=n_gist)
-    sizes = [theirs[k] for k in ("n_layer", "n_head", "n_embd")]
-    critic = GPT(GPTConfig(vocab, n_gist + 1, *sizes)).to(run.device, run.weight_dtype)
-    return critic.requires_grad_(False), theirs.get("weights")
-
-
 def set_up(run, corpus, masks, lay):
     """(the models by mask, their optimizers, the critic, its weights or None, the Phases)."""
-    models, optimizers = {}, {}
+    models, optimizers, theirs = {}, {}, run.resumed["kept"]["sizes"] if run.resumed else run.settings
+    if critic_from and not run.resumed:
+        alike = dict(vocab=vocab, chunk=chunk, n_gist=n_gist)
+        theirs = read_bottleneck(critic_from, run.device, corpus_id(corpus), **alike)
+    sizes = {k: theirs[k] for k in ("n_layer", "n_head", "n_embd")}  # of the critic
+    new = lambda *sizes: GPT(GPTConfig(vocab, n_gist + 1, *sizes)).to(run.device, run.weight_dtype)
     for how in masks:
         torch.manual_seed(seed)
-        models[how] = GPT(GPTConfig(vocab, n_gist + 1, n_layer, n_head, n_embd)).to(run.device, run.weight_dtype)
+        models[how] = new(n_layer, n_head, n_embd)
         optimizers[how] = adamw(models[how], learning_rate)
-    learner, (critic, theirs) = models["gist"], critic_of(run, corpus)
-    parts = dict(learner=learner, critic=critic, optimizer=optimizers["gist"])
-    for how in masks[1:]:
-        parts |= {how: models[how], f"optimizer_{how}": optimizers[how]}
-
-    def judge():
-        return learner if phases.arm == "meta" else critic
+    learner, critic = models["gist"], new(*sizes.values()).requires_grad_(False)
+    parts = dict(learner=learner, critic=critic, optimizer=optimizers["gist"],
+                 **{how: models[how] for how in masks[1:]},
+                 **{f"optimizer_{how}": optimizers[how] for how in masks[1:]})
+    judge = lambda: learner if phases.arm == "meta" else critic
 
     def columns():
         found = {} if phases.arm == "real" else examine(run, corpus, judge(), space_of(phases), lay)
@@ -426,10 +368,10 @@ def set_up(run, corpus, masks, lay):
             found[f"gold_{how}"], _ = phases.gold(lambda x: read(models[how], lay, x, how))
         return dict(outside=None, **found)
 
-    phases = Phases(run, corpus, parts, dict(critic_sizes={}, spaces={}, watches={}, found={}),
+    phases = Phases(run, corpus, parts, dict(sizes=sizes, spaces={}, watches={}, found={}),
                     read=lambda x: read(learner, lay, x), rate=rate, judge=judge, examine=columns,
                     ask=lambda learner, critic: ask(phases, learner, critic, space_of(phases), lay))
-    return models, optimizers, critic, theirs, phases
+    return models, optimizers, critic, theirs.get("weights"), phases
 
 
 def space_of(phases):
@@ -438,9 +380,9 @@ def space_of(phases):
     return Space("gist") if phases.arm == "meta" else Space(**phases.kept["spaces"][kind])
 
 
-def begin_arms(phases, models, critic, theirs, lay):
+def begin_arms(phases, learner, critic, theirs, lay):
     """What the arms start from: the critic, how its gists are compared, and with order 2 what it learns."""
-    learner, kept, config = models["gist"], phases.kept, critic.config
+    kept, c = phases.kept, critic.config
     learner.load_state_dict(phases.snapshot["learner"])
     critic.load_state_dict(theirs or phases.snapshot["learner"])
     x, starts = phases.text(0, RULER)[:, :-1], own_starts(phases.run.device)
@@ -448,11 +390,13 @@ def begin_arms(phases, models, critic, theirs, lay):
         own, _, _ = own_spans(phases, learner, lay, x, starts, 0)
     rng = np.random.default_rng([seed, TABLE])
     spaces, rank = make_spaces(critic, lay, x, starts, own, rng, phases.run.average)
-    phases.run.say(f"the gists keep {spaces['gist'].whiten.size(1)} directions; before whitening they fill {rank:.1f}")
+    directions = spaces["gist"].whiten.size(1)
+    phases.run.say(f"the gists keep {directions} directions, whitened; before that they fill {rank:.1f}")
+    kept["found"]["directions"] = directions
     if order == 2:
         kept["found"]["gain"] = train_critic(phases, learner, critic, spaces["gist"], lay)
-    kept.update(critic_sizes=dict(n_layer=config.n_layer, n_head=config.n_head, n_embd=config.n_embd),
-                spaces={kind: space._asdict() for kind, space in spaces.items()}, watches={})
+    kept.update(sizes=dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd), watches={},
+                spaces={kind: space._asdict() for kind, space in spaces.items()})
     phases.snapshot["critic"] = copy.deepcopy(critic.state_dict())
 
 
@@ -464,9 +408,8 @@ def main():
     models, optimizers, critic, theirs, phases = set_up(run, corpus, masks, lay)
     learner = models["gist"]
     phases.begin(SELF_PHASE)
-    if compile:
-        for model in models.values():
-            model.compile()
+    for model in models.values() if compile else ():
+        model.compile()
 
     # ---- meta phase: cross entropy through the bottleneck, and through the masks of the controls
     for step in phases.meta(meta_steps):
@@ -475,16 +418,18 @@ def main():
             for group in optimizers[how].param_groups:
                 group["lr"] = rate("meta", step)
             with run.autocast():
-                loss = real_loss(models[how], lay, text, how, phases.tally if how == "gist" else {})
+                loss = real_loss(models[how], lay, text, how, phases.tally if how == "gist" else None)
             loss.backward()
             phases.take_step(models[how], optimizers[how], noted=how == "gist")
     phases.drop(f"optimizer_{how}" for how in masks[1:])
     if phases.snapshot is None:
-        phases.kept["found"] = carried(run, corpus, models, lay)
+        texts = val_windows(corpus.val, eval_windows, block_size + 1).to(run.device)
+        phases.kept["found"] = carried(models, lay, texts, chunk, batch_size, run.autocast)
+        run.say(f"cross entropy of later chunks, and what gists carry: {phases.kept['found']}")
         phases.take_snapshot()
     phases.drop(masks[1:])
     if phases.arm == "start":
-        begin_arms(phases, models, critic, theirs, lay)
+        begin_arms(phases, learner, critic, theirs, lay)
 
     # ---- self phase: the distance of own and true gists; no real token is a target
     for arm in phases.arms(names):
@@ -492,12 +437,12 @@ def main():
         if phases.at["step"] == 0:
             calibrate(phases, learner, critic, space, lay)
         for step in phases.steps(self_steps):
-            text, foreign = (phases.text(meta_steps + step, stream) for stream in (TEXT, FOREIGN))
+            texts = [phases.text(meta_steps + step, stream) for stream in (TEXT, FOREIGN)]
             with run.autocast():
                 if arm == "real":
-                    loss = real_loss(learner, lay, text, "gist", phases.tally)
+                    loss = real_loss(learner, lay, texts[0], "gist", phases.tally)
                 else:
-                    loss = self_loss(phases, arm, learner, critic, space, lay, text, foreign, step, phases.tally)
+                    loss = self_loss(phases, arm, learner, critic, space, lay, *texts, step, phases.tally)
             loss.backward()
             phases.take_step(learner, optimizers["gist"])
             if arm in ("self", "ema"):

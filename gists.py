@@ -56,6 +56,27 @@ def read(model, lay, x, how="gist", **options):
     return model(tokens, lay.pos, lay.mask[how], **{"read": lay.text, **options})
 
 
+@torch.no_grad()
+def carried(models, lay, texts, chunk, batch, autocast):
+    """{"later": nats a token of all chunks but the first, by mask; "gist_share": what the gists carry of full
+    minus none, if there are both controls}.
+
+    models: by mask. texts: int [n, T + 1], read `batch` at once under `autocast()`.
+    """
+    later = {}
+    for how, model in models.items():
+        total = 0.0
+        for text in texts.split(batch):
+            with autocast():
+                logits = read(model, lay, text[:, :-1], how)[:, chunk:].flatten(0, 1)
+            total += F.cross_entropy(logits, text[:, chunk + 1:].flatten(), reduction="sum").item()
+        later[how] = total / texts[:, chunk + 1:].numel()
+    if len(later) < 3:
+        return dict(later=later)
+    share = (later["none"] - later["gist"]) / (later["none"] - later["full"])
+    return dict(later=later, gist_share=share)
+
+
 # ---- own spans after true prefixes, and what stands for them
 
 class Space(NamedTuple):
@@ -179,11 +200,12 @@ def whitening(g, average, level=True):
 
 
 def score_function(d, proper=True):
-    """(loss [...], weights [..., M] of d log p(y_r)) of M sampled own spans; d: their distances [..., M + 1, M + 1], the
-    truth last. The loss is E d(y, x), and if proper less E d(y, y′) / 2.
+    """(loss [...], weights [..., M] of d log p(y_r)) of M sampled own spans; d: their distances [..., M + 1,
+    M + 1], the truth last. The loss is E d(y, x), and if proper less E d(y, y′) / 2.
 
-    The gradient of the loss is the mean of weight_r d log p(y_r): the weight of a sample is what it adds to the loss,
-    less the same of the others without it, which is independent of it (no bias) and takes off most of the noise.
+    The gradient of the loss is the mean of weight_r d log p(y_r): the weight of a sample is what it adds to
+    the loss, less the same of the others without it, which is independent of it (no bias) and takes off most
+    of the noise.
     """
     M = d.size(-1) - 1
     to_truth = d[..., -1, :-1]
@@ -199,11 +221,12 @@ def score_function(d, proper=True):
 
 @torch.no_grad()
 def make_spaces(critic, lay, x, starts, own, rng, average):
-    """({kind: Space}, effective rank of the gists before whitening): what stands for a span, scaled by how own spans
-    [B, N, M, s] at the starts in text x [B, T] differ in it.
+    """({kind: Space}, effective rank of the gists before whitening): what stands for a span, scaled by how
+    own spans [B, N, M, s] at the starts in text x [B, T] differ in it.
 
-    Of forecasts the principal directions keep their sizes, for most of a forecast is the same whatever the token; above
-    LARGEST_FORECAST tokens there are none. Random numbers, of rng, are as many for a token as gists keep directions.
+    Of forecasts the principal directions keep their sizes, for most of a forecast is the same whatever the
+    token; above LARGEST_FORECAST tokens there are none. Random numbers, of rng, are as many for a token as
+    gists keep directions.
     """
     def scaled(space):
         g = vectors(space, critic, lay, past_of(space, critic, lay, x), starts, own)

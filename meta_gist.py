@@ -1,29 +1,29 @@
 """
 Stage 3: can the signal itself be learned, by how much learning from it helps?
 
-    python meta_gist.py                                       # two cores, about 2 minutes
-    python meta_gist.py --chunk=4                             # chunks that the learner writes alone, aligned by gists
-    torchrun --standalone --nproc_per_node=8 meta_gist.py     # the same numbers on any number of ranks
+    python meta_gist.py                                     # two cores, about 2 minutes
+    python meta_gist.py --chunk=4                           # chunks that the learner writes alone
+    torchrun --standalone --nproc_per_node=8 meta_gist.py   # the same numbers on any number of ranks
 
-The learner p_θ writes where it could have read x. The critic φ, embeddings E that start random and a sharpness κ,
-praises tokens by how near they are to x: with T(v | x) = softmax_v κ cos(E_v, E_x),
+The learner p_θ writes where it could have read x. The critic φ, embeddings E that start random and a
+sharpness κ, praises tokens by how near they are to x: with T(v | x) = softmax_v κ cos(E_v, E_x),
 
-    r_i(v) = T(v | x_i) − Σ_x′ p_θ(x′ | c, x_<i) T(v | x′)             praise after the true prefix c, x_<i
-    θ′ = θ − length · g/‖g‖,  g = ∇_θ L,  L = −Σ_v A(v) log p_θ(v)     the inner step: the learner learns from it
-    O(θ′) = cross entropy of θ′ on other text                          the outer loss: did that help?
-    φ ← φ − rate · dO(θ′)/dφ                                           the meta step: what would have helped more?
+    r_i(v) = T(v | x_i) − Σ_x′ p_θ(x′ | c, x_<i) T(v | x′)           praise after the true prefix c, x_<i
+    θ′ = θ − length · g/‖g‖,  g = ∇_θ L,  L = −Σ_v A(v) log p_θ(v)   the inner step: learning from A
+    O(θ′) = cross entropy of θ′ on other text                        the outer loss: did that help?
+    φ ← φ − rate · dO(θ′)/dφ                                         the meta step: what helps more?
 
-Nothing else tells E what to mean. With chunk = 1 the signal is A = r. A longer chunk y_1 … y_k the learner writes
-alone, and it is aligned with the truth by gists, the learner's own last hidden states h:
+Nothing else tells E what to mean. With chunk = 1 the signal is A = r. A longer chunk y_1 … y_k the learner
+writes alone, and gists align it with the truth, the learner's own last hidden states h:
 
     a_j = h(c, y_<j)     b_i = h(c, x_<i)     w_ji = σ(κ_a (cos(a_j, b_i) − ν))     A_j = Σ_i w_ji r_i
 
-Where what it has written means what the truth says at some place of the chunk, it is taught what the truth says next
-there; where it matches nothing, nothing. w_ji never sees x_i, so that A is zero at the truth, on average.
+Where what it has written means what the truth says at some place of the chunk, it is taught what the truth
+says next there; elsewhere nothing. w_ji never sees x_i, so A is zero at the truth, on average.
 
-An arm is one self phase: θ moves by g alone. Its critic is φ as the meta phase left it (frozen), φ moved as far as
-the learner has moved since (self) or by a moving average of that (ema). The arms first and frozen_first are real and
-frozen on the first token of each chunk alone: what chunks are worth is what is learned beyond them.
+An arm is one self phase: θ moves by g alone. Its critic is φ as the meta phase left it (frozen), or moved as
+far as the learner has since, at once (self) or by a moving average (ema). The arms first and frozen_first are
+real and frozen on the first token of each chunk alone: chunks are worth what is learned beyond them.
 """
 import copy
 import math
@@ -35,7 +35,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call, grad, grad_and_value, jvp, vjp
 
-from configurator import chosen, refuse
+from configurator import chosen, refuse_if
 from equations import add, by_name, dot, inner_step, praise, pull_back
 from gists import PIECE, make_index, nearest, say_chunks, write_chunks
 from model import GPT, GPTConfig, adamw, sample_tokens
@@ -57,7 +57,7 @@ kappa = 1.0             # sharpness that the critic starts with
 # --- second order
 inner_steps = 1         # steps that the learner takes before the outer loss judges
 inner_length = 0.05     # length of an inner step, in the norm of all weights
-val_chunks = "random"   # "next" | "random" | "similar": what judges: the text that follows, any, or the nearest
+val_chunks = "random"   # "next" | "random" | "similar": what judges: the text that follows, any, the nearest
 outer_batch = 64        # sequences that judge
 critic_rate = 0.1       # Adam's learning rate of E, falling to 0 in a line; its entries are of about 1
 scalar_rate = 0.03      # the same of log κ
@@ -94,9 +94,8 @@ wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Bia
 
 ARMS = ("real", "first", "self", "frozen", "frozen_first", "ema", "shuffled", "sharpen")
 FIRST = ("first", "frozen_first")  # learn of the first token of a chunk alone, which follows a true prefix
-# Settings that the meta phase does not read: with `start`, the others must be those of the run started from.
-SELF_PHASE = ("arms", "self_steps", "hack_margin", "self_rate", "ema_decay", "eval_interval", "eval_windows",
-              "save_interval", "device", "compile", "out_dir", "resume", "start", "wandb_log")
+# Settings that the meta phase does not read, beside those of configurator.SELF_PHASE.
+SELF_PHASE = ("self_rate",)
 # Independent streams of data and of random numbers; MEASURE takes four.
 TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE = range(7)
 KAPPA_A, NU = 20.0, 0.8  # of the match of gists: its sharpness, and the cosine at which it is a half
@@ -108,7 +107,6 @@ INDEX_EVERY = 100        # meta steps after which the index of texts is made ane
 
 class Critic(nn.Module):
     """φ: embeddings E [V, C] and log κ."""
-
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(vocab, n_embd)
@@ -122,8 +120,7 @@ def kernel(phi):
 
 
 def match(own, true):
-    """w [B, R, n, k, k]: how far what was written before place j means what the truth says before place i, over the
-    same of two gists that are one."""
+    """w_ji [B, R, n, k, k], over that of two gists that are one."""
     cos = F.normalize(own, dim=-1) @ F.normalize(true, dim=-1)[:, None].transpose(-2, -1)
     return (KAPPA_A * (cos - NU)).sigmoid() * (1 + math.exp(-KAPPA_A * (1 - NU)))
 
@@ -138,7 +135,7 @@ def signal(phi, seen, said):
     return r if chunk == 1 else match(own, true) @ r
 
 
-# ---- second order: see equations.py for θ′, w and what is averaged over ranks. theta and phi are dicts by name
+# ---- second order: see equations.py for θ′, w and what is averaged over ranks; theta, phi: dicts by name
 
 def inner_loss(a, logp):
     """L = −Σ_v A(v) log p_θ(v), nats, mean over own places."""
@@ -146,7 +143,7 @@ def inner_loss(a, logp):
 
 
 def real_loss(learner, theta, text, every=1):
-    """(nats a token of text [B, T + 1], or of each `every`-th; log p [B, T, V]): O, and what the real arms learn."""
+    """(nats a token of text [B, T + 1], or of each `every`-th; log p [B, T, V]): O, and the loss of real."""
     logp = functional_call(learner, theta, (text[:, :-1],)).log_softmax(-1)
     return F.nll_loss(logp[:, ::every].flatten(0, 1), text[:, 1::every].flatten()), logp
 
@@ -157,16 +154,20 @@ def real_gradient(learner, theta, text, every=1):
 
 
 def signal_gradient(learner, theta, phi, text, seen, y, places):
-    """(∇_θ L on this rank, (L, (what is said, A))), L of `places`, a slice of each own chunk."""
+    """(∇_θ L on this rank, (L, (log p after true prefixes [B, T, V], tokens praised most [B, R, T]))).
+
+    seen: the observation, int [B, T]. y: see `write_chunks`. places: a slice of each own chunk, that L is of.
+    """
     def loss(th):
         said = say_chunks(learner, th, text[:, :-1], y)
         a = signal(phi, seen, tuple(t.detach() for t in said))  # held fixed: no praise is sought
-        return inner_loss(a[..., places, :], said[0][..., places, :]), (said, a)
+        heard = said[1].detach().flatten(1, 2), a.argmax(-1).flatten(2)
+        return inner_loss(a[..., places, :], said[0][..., places, :]), heard
     return grad_and_value(loss, has_aux=True)(theta)
 
 
 def inner_gradient(learner, theta, phi, text, seen, u, average, places=slice(None)):
-    """(y, g = ∇_θ L averaged over ranks, (L, (what is said, A))). seen: the observation [B, T]; u: see `write_chunks`."""
+    """(y, g = ∇_θ L averaged over ranks, (L, what was heard)). u: uniform numbers [B, R, T]."""
     y = write_chunks(learner, theta, text[:, :-1], chunk, u)
     g, heard = signal_gradient(learner, theta, phi, text, seen, y, places)
     average(list(g.values()))
@@ -176,8 +177,8 @@ def inner_gradient(learner, theta, phi, text, seen, u, average, places=slice(Non
 def mixed_product(learner, theta, phi, text, y, w, by_theta):
     """∂ ⟨∇_θ L(θ, φ), w⟩ by θ (None unless by_theta) and by φ, each by name.
 
-    ⟨∇_θ L, w⟩ = −Σ_v A(v) ℓ̇(v), with ℓ = log p of the own text and ℓ̇ how it moves along w. By φ it is the derivative
-    of A alone. By θ it is that of ℓ̇, and of A, for the critic reads what is said: one pull-back of both slopes.
+    ⟨∇_θ L, w⟩ = −Σ_v A(v) ℓ̇(v), with ℓ = log p of the own text and ℓ̇ how it moves along w. By φ it is the
+    derivative of A alone. By θ it is that of ℓ̇, and of A, for the critic reads what is said.
     """
     def along(th):
         said, moves = jvp(lambda at: say_chunks(learner, at, text[:, :-1], y, fused=False), (th,), (w,))
@@ -195,10 +196,10 @@ def mixed_product(learner, theta, phi, text, y, w, by_theta):
 
 
 def meta_step(learner, theta, phi, texts, chances, outer, average):
-    """(dφ, O(θ_S), g and what was heard at the first step): how φ should have moved S inner steps, so that O fell.
+    """(dφ, O(θ_S), g and (L, what was heard) of the first step): how φ should have moved S steps to lower O.
 
-    texts: of each step, int [B, T + 1]; chances: its uniform numbers; outer: the text that judges. average: of a list
-    of tensors over ranks, in place. Of each step θ_k, g_k and the own tokens are kept, and nothing else.
+    texts: of each step, int [B, T + 1]; chances: its uniform numbers; outer: the text that judges. average:
+    of a list of tensors over ranks, in place. Of each step θ_k, g_k and own tokens are kept, nothing else.
     """
     trail, first = [], None
     for text, u in zip(texts, chances):
@@ -226,7 +227,7 @@ def chance(phases, step, stream=CHANCE, rows=None):
 
 
 def meta_texts(phases, at, index):
-    """([text of each inner step], [its uniform numbers], the text that judges) of the meta step number `at`."""
+    """([text of each inner step], [its uniform numbers], the text that judges) of meta step number `at`."""
     follow = outer_batch // batch_size if val_chunks == "next" else 0
     steps, T = range(at * inner_steps, (at + 1) * inner_steps), block_size
     texts = [phases.text(k, INNER, blocks=1 + follow) for k in steps]
@@ -243,20 +244,14 @@ def meta_texts(phases, at, index):
 
 
 def observed(phases, arm, learner, text, step, u):
-    """What the critic reads as the observation [B, T]: the truth, in the arm shuffled another text's, in the arm
-    sharpen what the learner itself says after each true prefix."""
+    """What the critic reads as the observation [B, T]: the truth, in the arm shuffled another text's, in the
+    arm sharpen what the learner itself says after each true prefix."""
     if arm == "shuffled":
         return phases.text(step, FOREIGN)[:, 1:]
     return sample_tokens(learner(text[:, :-1]), u[:, 0]) if arm == "sharpen" else text[:, 1:]
 
 
 # ---- steps
-
-def note_signal(tally, heard, obs):
-    """Adds a step to the tally: see `note`. heard: (L, (what is said, A))."""
-    loss, (said, a) = heard
-    note(tally, loss, said[1].flatten(1, 2), obs, a.argmax(-1).flatten(2))
-
 
 def real_step(phases, text, every=1):
     """The learner learns from real text, or from each `every`-th token of it."""
@@ -272,19 +267,19 @@ def signal_step(phases, arm, text, step):
     learner, phi, u = phases.parts["learner"], by_name(phases.parts["critic"]), chance(phases, step)
     with torch.no_grad():
         seen = observed(phases, arm, learner, text, step, u)
-    places = slice(1) if arm in FIRST else slice(None)
-    _, g, heard = inner_gradient(learner, by_name(learner), phi, text, seen, u, phases.run.average, places)
-    note_signal(phases.tally, heard, text[:, 1:])
+    batch, places = (text, seen, u, phases.run.average), slice(1) if arm in FIRST else slice(None)
+    _, g, (loss, (logp, told)) = inner_gradient(learner, by_name(learner), phi, *batch, places)
+    note(phases.tally, loss, logp, text[:, 1:], told)
     phases.take_step(learner, phases.parts["optimizer"], g)
 
 
 def critic_step(phases, at, pool):
-    """Meta step number `at`, at the learner of the pool whose turn it is; then that learner steps, as the arms do.
+    """Meta step number `at`, at the learner of the pool whose turn it is; then that one steps, as arms do.
 
-    A critic trained at one learner that never moves memorises one good direction; trained only where real steps lead,
-    it does not know where its own signal leads. kept["pool"]: of each {"learner", "optimizer", "age", "best"}, empty
-    where it starts anew from the pretrained one. pool: what is made again rather than saved: a learner and an
-    optimizer to hold the one of the turn, and the index.
+    A critic trained at one learner that never moves memorises one good direction; trained only where real
+    steps lead, it does not know where its own signal leads. kept["pool"]: of each {"learner", "optimizer",
+    "age", "best"}, empty where it starts anew from the pretrained one. pool: what is made again rather than
+    saved: a learner and an optimizer to hold the one of the turn, and the index.
     """
     run, parts, kept, turn = phases.run, phases.parts, phases.kept, at % POOL
     learner, critic, member = parts["learner"], parts["critic"], kept["pool"][turn]
@@ -297,10 +292,10 @@ def critic_step(phases, at, pool):
         kept["index_from"], pool.index = critic.embed.weight.detach().clone(), None
     if val_chunks == "similar" and pool.index is None:
         pool.index = make_index(phases.corpus.train, kept["index_from"])
-    texts, chances, outer = meta_texts(phases, at, pool.index)
-    theta = by_name(pool.learner)
-    dphi, judged, (g, heard) = meta_step(learner, theta, by_name(critic), texts, chances, outer, run.average)
-    note_signal(phases.tally, heard, texts[0][:, 1:])
+    texts, theta, phi = meta_texts(phases, at, pool.index), by_name(pool.learner), by_name(critic)
+    dphi, judged, (g, (loss, (logp, told))) = meta_step(learner, theta, phi, *texts, run.average)
+    texts = texts[0]
+    note(phases.tally, loss, logp, texts[0][:, 1:], told)
     phases.take_step(critic, parts["critic_optimizer"], dphi)
     if turn >= POOL // 2:
         g, _ = real_gradient(learner, theta, texts[0])
@@ -316,8 +311,8 @@ def critic_step(phases, at, pool):
 
 @torch.no_grad()
 def follow(phases, decay):
-    """The critic of self and ema is the learner plus what the meta phase made it differ by: E moves as far as the
-    learner's embeddings have moved from the snapshot, at once (decay 0) or by 1 − decay of the way a step."""
+    """The critic of self and ema is the learner plus what the meta phase made it differ by: E moves as far as
+    the learner's embeddings have since the snapshot, at once (decay 0) or by 1 − decay of the way a step."""
     then, E = phases.snapshot, phases.parts["critic"].embed.weight
     moved = phases.parts["learner"].embed.weight[:vocab] - then["learner"]["embed.weight"][:vocab]
     E.lerp_(then["critic"]["embed.weight"] + moved, 1 - decay)
@@ -326,11 +321,11 @@ def follow(phases, decay):
 # ---- what the log and the reports show
 
 def measure(phases, theta, at):
-    """One inner step on held-out text, of outer_batch texts, so that the signal is seen and not a batch's noise.
+    """One inner step on held-out text, of outer_batch texts: the signal is to be seen, not a batch's noise.
 
     gain: nats a token that it takes off other held-out text; gain_shuffled: with another text's observation;
-    gain_real: with real targets; all equally long. cosine_real: of the signal's gradient with the real one; cos_bb,
-    cos_bb_real: of each with its like on other text: a critic that has memorised one good direction shows in it.
+    gain_real: with real targets; all equally long. cosine_real: of the signal's gradient with the real one;
+    cos_bb, cos_bb_real: of each with its like on other text: a memorised direction shows in it.
     """
     learner, phi, average = phases.parts["learner"], by_name(phases.parts["critic"]), phases.run.average
     text, again, foreign, other = (phases.text(at, MEASURE + k, outer_batch, split="val") for k in range(4))
@@ -348,19 +343,26 @@ def measure(phases, theta, at):
     return {name: value.item() for name, value in found.items()}
 
 
-@torch.no_grad()
-def examine(run, corpus, critic):
-    """How the critic stands: {agreement_probe: share of held-out tokens that it praises most, were the learner sure of
-    a random token; kappa}."""
-    obs, table = val_windows(corpus.val, 4, block_size + 1)[:, 1:].to(run.device), kernel(by_name(critic))
-    own = torch.from_numpy(np.random.default_rng([seed, PROBE]).integers(0, vocab, tuple(obs.shape)))
-    told = (table[obs] - table[own.to(run.device)]).argmax(-1)
-    return dict(agreement_probe=(told == obs).float().mean().item(), kappa=critic.log_kappa.exp().item())
+def examine(phases):
+    """{agreement_probe: share of held-out tokens that the critic praises most, were the learner sure of other
+    ones; kappa}, and in the critic's part of the meta phase what `measure` finds."""
+    critic, kept, where = phases.parts["critic"], phases.kept, phases.run.device
+    obs, table = val_windows(phases.corpus.val, 4, block_size + 1)[:, 1:].to(where), kernel(by_name(critic))
+    own = np.random.default_rng([seed, PROBE]).integers(0, vocab, tuple(obs.shape))
+    told = (table[obs] - table[torch.from_numpy(own).to(where)]).argmax(-1)
+    found = dict(agreement_probe=(told == obs).float().mean().item(), kappa=critic.log_kappa.exp().item())
+    if phases.arm == "meta" and phases.step >= pretrain:
+        at = phases.step - pretrain
+        theta = kept["pool"][at % POOL].get("learner") or by_name(phases.parts["learner"])
+        measured = measure(phases, theta, at)
+        kept["found"].append(dict(measured, step=phases.step))
+        found.update(measured, restarts=kept["restarts"])
+    return found
 
 
 @torch.no_grad()
 def ask(phases, learner, critic, step):
-    """(own, observation, praised tokens, agreement) on the text of a step, as the arm reads it; of its first row."""
+    """(own, observed, praised tokens of the first row; agreement) on a step's text, as the arm reads it."""
     text, u, theta = phases.text(step), chance(phases, step), by_name(learner)
     seen = observed(phases, phases.arm, learner, text, step, u)
     said = say_chunks(learner, theta, text[:, :-1], write_chunks(learner, theta, text[:, :-1], chunk, u))
@@ -370,10 +372,11 @@ def ask(phases, learner, critic, step):
 
 
 def judge_again(phases, streams):
-    """Agreement, the second of the streams [pretrain, 3], as the critic has it in the end, on the last texts."""
+    """The streams [pretrain, 3], agreement, the second, as the critic has it in the end, on late texts."""
     for step in range(max(0, len(streams) - MEMORY), len(streams)):
-        streams[step, 1] = phases.run.mean(ask(phases, phases.parts["learner"], phases.parts["critic"], step)[3])
-    return streams
+        *_, agreement = ask(phases, phases.parts["learner"], phases.parts["critic"], step)
+        streams[step, 1] = phases.run.mean(agreement)
+    return streams.cpu().numpy()
 
 
 # ---- the run
@@ -381,28 +384,25 @@ def judge_again(phases, streams):
 def check():
     """The arms by name. Refuses settings that cannot be."""
     names = chosen("arms", arms, ARMS)
-    for wrong, message in (
-            (pretrain > meta_steps, f"pretrain={pretrain} must be at most meta_steps={meta_steps}, as a part of them"),
-            (chunk < 1 or block_size % chunk, f"chunk={chunk} must divide block_size={block_size}"),
-            (chunk == 1 and set(FIRST) & set(names),
-             f"arms={arms!r}: first and frozen_first need a chunk of 2 or more: of single tokens all are the first"),
-            (samples < 1, f"samples={samples} must be above 0"),
-            (not 1 <= inner_steps <= 8, f"inner_steps={inner_steps} must be from 1 to 8"),
-            (min(kappa, inner_length) <= 0, f"kappa={kappa} and inner_length={inner_length} must be above 0"),
-            (outer_batch < batch_size or outer_batch % batch_size,
-             f"outer_batch={outer_batch} must be a multiple of batch_size={batch_size}"),
-            (val_chunks == "similar" and block_size % PIECE,
-             f"block_size={block_size} must be a multiple of {PIECE} with val_chunks='similar'"),
-            (ema_decay >= 1, f"ema_decay={ema_decay} must be below 1: it is the share of the old that stays")):
-        if wrong:
-            refuse(message)
+    refuse_if(pretrain > meta_steps, f"pretrain={pretrain} must be at most meta_steps={meta_steps}")
+    refuse_if(chunk < 1 or block_size % chunk, f"chunk={chunk} must divide block_size={block_size}")
+    refuse_if(chunk == 1 and set(FIRST) & set(names),
+              f"arms={arms!r}: first, frozen_first need a chunk of 2 or more")
+    refuse_if(samples < 1, f"samples={samples} must be above 0")
+    refuse_if(not 1 <= inner_steps <= 8, f"inner_steps={inner_steps} must be from 1 to 8")
+    refuse_if(min(kappa, inner_length) <= 0, f"kappa={kappa} and inner_length={inner_length} must be above 0")
+    refuse_if(outer_batch < batch_size or outer_batch % batch_size,
+              f"outer_batch={outer_batch} must be a multiple of batch_size={batch_size}")
+    refuse_if(val_chunks == "similar" and block_size % PIECE,
+              f"block_size={block_size} must be a multiple of {PIECE} with val_chunks='similar'")
     return names
 
 
 def rate(arm, step):
     """The learner's learning rate: a warm-up, then constant."""
     at = step if arm == "meta" else meta_steps + step
-    return learning_rate * min(1.0, (at + 1) / max(1, warmup)) * (1.0 if arm in ("meta", *REAL) else self_rate)
+    share = 1.0 if arm in ("meta", *REAL) else self_rate
+    return share * learning_rate * min(1.0, (at + 1) / max(1, warmup))
 
 
 def main():
@@ -411,27 +411,16 @@ def main():
     corpus = read_corpus(run, block_size * (1 + (outer_batch // batch_size if val_chunks == "next" else 0)))
     torch.manual_seed(seed)
     learner = GPT(GPTConfig(vocab, 1, n_layer, n_head, n_embd)).to(run.device, run.weight_dtype)
-    critic = Critic().to(run.device, run.weight_dtype)
-    optimizer = adamw(learner, learning_rate)
-    critic_optimizer = torch.optim.Adam([{"params": [critic.embed.weight]}, {"params": [critic.log_kappa]}])
-    mover = copy.deepcopy(learner)
+    critic, mover = Critic().to(run.device, run.weight_dtype), copy.deepcopy(learner)
+    optimizers = dict(optimizer=adamw(learner, learning_rate), critic_optimizer=torch.optim.Adam(
+        [{"params": [critic.embed.weight]}, {"params": [critic.log_kappa]}]))
     pool = SimpleNamespace(learner=mover, optimizer=adamw(mover, learning_rate), index=None)
-
-    def columns():
-        found, kept, at = examine(run, corpus, critic), phases.kept, phases.step - pretrain
-        if phases.arm == "meta" and at >= 0:
-            theta = kept["pool"][at % POOL].get("learner") or by_name(learner)
-            kept["found"].append(dict(measure(phases, theta, at), step=phases.step))
-            found |= {k: v for k, v in kept["found"][-1].items() if k != "step"} | dict(restarts=kept["restarts"])
-        return found
-
-    phases = Phases(run, corpus, dict(learner=learner, critic=critic, optimizer=optimizer,
-                                      critic_optimizer=critic_optimizer),
-                    dict(pool=[{} for _ in range(POOL)], restarts=0, found=[], index_from=None),
-                    read=learner, rate=rate, judge=lambda: critic, examine=columns,
+    kept = dict(pool=[{} for _ in range(POOL)], restarts=0, found=[], index_from=None)
+    phases = Phases(run, corpus, dict(learner=learner, critic=critic, **optimizers), kept, read=learner,
+                    rate=rate, judge=lambda: critic, examine=lambda: examine(phases),
                     ask=lambda *who: ask(phases, *who, meta_steps + phases.step))
     phases.begin(SELF_PHASE)
-    if compile:  # whole functions: a compiled module would run as it is written inside torch.func's transforms
+    if compile:  # whole functions: inside torch.func's transforms a compiled module runs as it is written
         for function in (real_gradient, signal_gradient, mixed_product):
             globals()[function.__name__] = torch.compile(function)
 
@@ -441,13 +430,13 @@ def main():
             if step < pretrain:
                 real_step(phases, phases.text(step))
             else:
-                left = (meta_steps - step) / (meta_steps - pretrain)
-                for group, top in zip(critic_optimizer.param_groups, (critic_rate, scalar_rate)):
-                    group["lr"] = top * left
+                groups, left = optimizers["critic_optimizer"].param_groups, meta_steps - step
+                for group, top in zip(groups, (critic_rate, scalar_rate)):
+                    group["lr"] = top * left / (meta_steps - pretrain)
                 critic_step(phases, step - pretrain, pool)
     if phases.snapshot is None:
-        streams = judge_again(phases, phases.at["streams"][:pretrain]).cpu().numpy()
-        phases.watch.calibrate(streams, batch_size * block_size, phases.row["agreement_probe"], 4 * block_size)
+        streams, probe = judge_again(phases, phases.at["streams"][:pretrain]), phases.row["agreement_probe"]
+        phases.watch.calibrate(streams, batch_size * block_size, probe, 4 * block_size)
         phases.kept["pool"] = []
         phases.take_snapshot()
 
@@ -466,7 +455,7 @@ def main():
                 follow(phases, ema_decay if arm == "ema" else 0.0)
     last = [f for f in phases.kept["found"] if f["step"] > meta_steps - max(1, meta_steps // 10)]
     found = {k: sum(f[k] for f in last) / len(last) for k in last[0] if k != "step"}
-    run.say("one inner step on held-out text, in nats a token: " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
+    run.say("one inner step on held-out text: " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
     phases.finish(**found)
 
 

@@ -91,8 +91,8 @@ def attend(q, k, v, mask, fused):
     """Attention of q [B, H, L, D] over k, v [B, H, S, D] -> [B, H, L, D].
 
     mask: bool, broadcastable to [B, H, L, S]; None is causal (L = S).
-    fused: PyTorch's SDPA, the fastest, which gives first derivatives only. Otherwise an explicit softmax, which also
-    survives double backward and `torch.func.jvp`: second order needs that one.
+    fused: PyTorch's SDPA, the fastest, which gives first derivatives only. Otherwise an explicit softmax,
+    which also survives double backward and `torch.func.jvp`: second order needs that one.
     """
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -103,16 +103,17 @@ def attend(q, k, v, mask, fused):
 
 
 def attend_branches(q, k, v, past_k, past_v, sees, causal):
-    """Attention of M short branches at each of N places of one past that all share: q [B, H, N, M, r, D] -> the same.
+    """Attention of M short branches at each of N places of one past that all share: q [B, H, N, M, r, D] ->
+    the same.
 
-    k, v: [B, H, N, M, R, D], a branch's own tokens so far. past_k, past_v: [B, H, S, D]. sees: bool [N, S], which
-    tokens of the past a place sees. causal: bool [r, R]. Branches do not see one another: under one mask over all
-    their tokens this would cost N M times as much.
+    k, v: [B, H, N, M, R, D], a branch's own tokens so far. past_k, past_v: [B, H, S, D]. sees: bool [N, S],
+    which tokens of the past a place sees. causal: bool [r, R]. Branches do not see one another: under one
+    mask over all their tokens this would cost N M times as much.
     """
     q = q * q.size(-1) ** -0.5
-    rows = sees[:, None].expand(-1, q.size(3) * q.size(4), -1).flatten(0, 1)                      # [N M r, S]
-    past = (q.flatten(2, 4) @ past_k.transpose(-2, -1)).masked_fill(~rows, float("-inf"))         # [B, H, N M r, S]
-    own = (q @ k.transpose(-2, -1)).masked_fill(~causal, float("-inf")).flatten(2, 4)             # [B, H, N M r, R]
+    rows = sees[:, None].expand(-1, q.size(3) * q.size(4), -1).flatten(0, 1)                # [N M r, S]
+    past = (q.flatten(2, 4) @ past_k.transpose(-2, -1)).masked_fill(~rows, float("-inf"))   # [B, H, N M r, S]
+    own = (q @ k.transpose(-2, -1)).masked_fill(~causal, float("-inf")).flatten(2, 4)       # [B, H, N M r, R]
     on_past, on_own = torch.cat((past, own), -1).softmax(-1).split((past.size(-1), own.size(-1)), -1)
     return (on_past @ past_v).view_as(q) + on_own.unflatten(2, q.shape[2:5]) @ v
 
@@ -157,7 +158,7 @@ class Attention(nn.Module):
         q, k, v = self.heads(x, table)
         if cache is not None:
             if self in cache:
-                k, v = torch.cat((cache[self][0], k), 2), torch.cat((cache[self][1], v), 2)  # [B, H, S + L, D]
+                k, v = (torch.cat((past, new), 2) for past, new in zip(cache[self], (k, v)))  # S + L tokens
             cache[self] = k, v
         return self.join(attend(q, k, v, mask, fused))
 
@@ -214,11 +215,12 @@ class GPT(nn.Module):
         """Logits [B, L', V] at the positions that `read` selects, an index of the L dimension.
 
         x: tokens, int [B, L], or embeddings, float [B, L, C].
-        pos: int [L] or [B, L]; 0 to L − 1 if None. mask: bool [L, S + L], see `attention_mask`; causal if None.
-        cache: a dict, empty at first, that keeps keys and values: the next call sees all S tokens so far, and must say
-        by pos and mask where its own stand among them (ValueError).
-        until: the number of a block; in place of logits, what enters that block, normed [B, L', C], or what leaves the
-        last one if until = n_layer. No later block is computed.
+        pos: int [L] or [B, L]; 0 to L − 1 if None. mask: bool [L, S + L], see `attention_mask`; causal if
+        None.
+        cache: a dict, empty at first, that keeps keys and values: the next call sees all S tokens so far, and
+        must say by pos and mask where its own stand among them (ValueError).
+        until: the number of a block; in place of logits, what enters that block, normed [B, L', C], or what
+        leaves the last one if until = n_layer. No later block is computed.
         """
         if cache and (pos is None or mask is None):
             raise ValueError("with tokens in the cache, pos and mask must be given")
@@ -233,9 +235,9 @@ class GPT(nn.Module):
     def branch(self, x, pos, sees, cache, read=slice(None), until=None):
         """Logits [B, N, M, r', V] of M branches at each of N places of the past that `cache` holds.
 
-        x: int [B, N, M, r], the next r tokens of each branch. pos: int [N, r]. sees: bool [N, S], which tokens of the
-        past a place sees. read, until: as in `forward`. Branches grow in the cache: pass dict(cache) to begin new
-        ones. Only what is read goes through the last block.
+        x: int [B, N, M, r], the next r tokens of each branch. pos: int [N, r]. sees: bool [N, S], which
+        tokens of the past a place sees. read, until: as in `forward`. Branches grow in the cache: pass
+        dict(cache) to begin new ones. Only what is read goes through the last block.
         """
         x = self.embed(x)
         table = self.table(pos, x.dtype)
@@ -251,7 +253,8 @@ class GPT(nn.Module):
 
 
 def adamw(model, learning_rate):
-    """AdamW with decay on matrices alone: embeddings of rare tokens should not fade between their occurrences."""
+    """AdamW with decay on matrices alone: embeddings of rare tokens should not fade between their
+    occurrences."""
     embeddings = [p for n, p in model.named_parameters() if n.endswith("embed.weight")]
     matrices = [p for n, p in model.named_parameters() if not n.endswith("embed.weight")]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": embeddings, "weight_decay": 0.0}]
@@ -261,7 +264,8 @@ def adamw(model, learning_rate):
 # ---- writing text
 
 def sample_tokens(logits, u):
-    """One token for each row of logits [..., V], by inverting the cumulative distribution at u [...] in [0, 1).
+    """One token for each row of logits [..., V], by inverting the cumulative distribution at u [...] in [0,
+    1).
 
     The randomness is an argument, so that a batch cut over ranks draws what the whole one draws.
     """
@@ -274,9 +278,11 @@ def sample_tokens(logits, u):
 def rollout(model, x, starts, steps, u=None):
     """Own text after many prefixes at once: own tokens, int [B, n, steps].
 
-    x: true tokens, int [B, L]. starts: n positions s, 1 ≤ s ≤ L; the text that starts at s has read x[:, :s] alone.
-    u: uniform numbers [B, n, steps] to sample with; None takes the likeliest token. The true tokens are read once;
-    after that every start is a branch that grows by a token a step. Raises ValueError if a start lies outside 1 … L.
+    x: true tokens, int [B, L]. starts: n positions s, 1 ≤ s ≤ L; the text that starts at s has read x[:, :s]
+    alone.
+    u: uniform numbers [B, n, steps] to sample with; None takes the likeliest token. The true tokens are read
+    once; after that every start is a branch that grows by a token a step. Raises ValueError if a start lies
+    outside 1 … L.
     """
     starts = torch.as_tensor(starts, device=x.device)
     if starts.min() < 1 or starts.max() > x.size(1):

@@ -3,47 +3,46 @@ The loop that the three experiments share, written once. It knows nothing of los
 
     for step in phases.meta(meta_steps):     # checkpoints, evaluates, watches, reports; then yields
         ...                                  # the step, all of it, stands in the script
-    if phases.snapshot is None:
-        phases.take_snapshot()               # the end of the meta phase: once, in a resumed run too
+    phases.take_snapshot()                   # once: if phases.snapshot is None
     for arm in phases.arms(names):           # each from the snapshot
         for step in phases.steps(self_steps):
             ...
 """
 import copy
+import itertools
 
 import numpy as np
 import torch
 
-from configurator import refuse
+from configurator import SELF_PHASE, refuse_if
+from hacks import marked, write_report
 from plot import draw_runs
 from prepare_data import corpus_id, get_batch, open_corpus, prepare, val_windows
 from run import read_meta_phase
-from watch import (MEMORY, STREAMS, Gold, Watch, make_row, marked, new_track, summarise, table, track_gold,
-                   write_report)
+from watch import MEMORY, STREAMS, Gold, Watch, arms_table, make_row, new_track, summarise, track_gold
 
 REAL = ("real", "first")  # arms with real targets; they have no critic to watch
 
 
 def read_corpus(run, longest):
-    """The Corpus of the run's settings, made if it is not there; refuses a split of `longest` tokens or less."""
+    """The Corpus of the run's settings, made if it is not there; its splits must be longer than `longest`."""
     s = run.settings
     if run.local_rank == 0:
         prepare(s["dataset"], s["vocab"])
     run.barrier()
     corpus = open_corpus(s["dataset"], s["vocab"])
     corpus = corpus._replace(train=corpus.train[:s["train_tokens"] or None])
-    for split, tokens in (("train", corpus.train), ("validation", corpus.val)):
-        if len(tokens) <= longest:
-            refuse(f"block_size={s['block_size']} asks for texts of {longest + 1} tokens, and the {split} split "
-                   f"has {len(tokens)}")
+    shortest = min(len(corpus.train), len(corpus.val))
+    refuse_if(shortest <= longest, f"block_size={s['block_size']} asks for texts of {longest + 1} tokens; "
+              f"the shorter split has {shortest}")
     return corpus
 
 
 class Phases:
     """A run between its first step and its summary.
 
-    parts: {name: module or optimizer}, all that a checkpoint holds and an arm starts from; "learner", "critic"
-    and "optimizer" among them. kept: a dict of plain values and tensors that the script wants kept.
+    parts: {name: module or optimizer}, all that a checkpoint holds and an arm starts from; "learner",
+    "critic" and "optimizer" among them. kept: a dict of plain values and tensors that the script wants kept.
 
     What the script tells the loop, as functions:
     read(text)              the learner's logits [B, T, V] on text [B, T], for gold
@@ -71,17 +70,17 @@ class Phases:
     def begin(self, self_phase):
         """Anew, where `resume` stands, or from the meta phase of `start`; then opens the run folder.
 
-        self_phase: the settings that a meta phase does not read. Refuses another corpus or other settings.
+        self_phase: the settings that this meta phase does not read. Refuses another corpus, other settings.
         """
         run, at, start = self.run, self.at, self.settings["start"]
         if run.resumed:
-            if run.resumed["corpus"] != at["corpus"]:
-                refuse(f"{self.corpus.folder} holds another corpus or tokenizer than that of {run.out_dir}")
+            refuse_if(run.resumed["corpus"] != at["corpus"],
+                      f"{self.corpus.folder} holds another corpus or tokenizer than that of {run.out_dir}")
             run.restore(at, self.tally, self.parts)
         elif start:
-            lent = read_meta_phase(start, run.stage, run.device, self.settings, self_phase, at["corpus"])
-            at["meta"], at["snapshot"] = lent
-            at.update(arm="start", kept=copy.deepcopy(lent[1]["kept"]))
+            free = *SELF_PHASE, *self_phase
+            track, snapshot = read_meta_phase(start, run.stage, run.device, self.settings, free, at["corpus"])
+            at.update(arm="start", meta=track, snapshot=snapshot, kept=copy.deepcopy(snapshot["kept"]))
         modules = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
         size = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
         run.open(need_bytes=16 * size)  # weights and moments, now and in the snapshot, twice; the arms' ends
@@ -89,7 +88,7 @@ class Phases:
     # ---- data
 
     def text(self, step, stream=0, rows=None, blocks=1, split="train"):
-        """This rank's rows of a step's text, int [rows / ranks, blocks · T + 1]. stream: a use of the seed."""
+        """This rank's rows of a step's text, int [rows / ranks, blocks · T + 1]. stream: a use of seed."""
         s, run, tokens = self.settings, self.run, getattr(self.corpus, split)
         rows, length = rows or s["batch_size"], blocks * s["block_size"] + 1
         return get_batch(tokens, s["seed"], step, rows, length, run.rank, run.ranks, stream).to(run.device)
@@ -164,17 +163,16 @@ class Phases:
         listens = ("surprise", "entropy") if self.arm in REAL else tuple(STREAMS)
         self.alarms = self.watch.update(step, stream, probe, listens)
         if hacked:
-            self.run.say(f"{self.arm}: hacked at step {track['steps_to_hack']}, gold {track['gold_end']:.3f} after "
-                         f"a best of {track['gold_best']:.3f}")
+            self.run.say(f"{self.arm}: hacked at step {track['steps_to_hack']}, gold {track['gold_end']:.3f}")
             self.report("gold")
+        if self.alarms and step - (track["alarms"] or [-MEMORY])[-1] >= MEMORY:
+            track["alarms"].append(step)
+            self.report(self.alarms)
         if self.alarms:
-            if step - (track["alarms"] or [-MEMORY])[-1] >= MEMORY:
-                track["alarms"].append(step)
-                self.report(self.alarms)
             self.watch.restart(step, stream, probe)
 
     def take_step(self, module, optimizer, g=None, noted=True):
-        """Clips and steps. g: gradients by name, averaged by now; None: those of .backward(), averaged here."""
+        """Clips and steps. g: gradients by name, averaged over ranks; None: those of .backward(), not yet."""
         for name, p in module.named_parameters() if g is not None else ():
             p.grad = g[name].clone()
         params = [p for p in module.parameters() if p.grad is not None]
@@ -200,15 +198,13 @@ class Phases:
     def report(self, why):
         """A page in hacks/: critic and learner of now and of the snapshot, crossed, on the text to come."""
         now, judged, texts = dict(learner=self.parts["learner"], critic=self.judge()), {}, {}
-        then = {role: copy.deepcopy(module) for role, module in now.items()}
-        for role, module in then.items():
+        times = dict(then=copy.deepcopy(now), now=now)
+        for role, module in times["then"].items():
             module.load_state_dict(self.snapshot[role])
-        for c, critic in (("then", then["critic"]), ("now", now["critic"])):
-            for o, learner in (("then", then["learner"]), ("now", now["learner"])):
-                *said, agreement = self.ask(learner, critic)
-                judged[c, o] = self.run.mean(agreement)
-                if c == o:
-                    texts[o] = said
+        for c, o in itertools.product(times, times):
+            *said, agreement = self.ask(times[o]["learner"], times[c]["critic"])
+            judged[c, o] = self.run.mean(agreement)
+            texts |= {o: said} if c == o else {}
         kept = write_report(self.run, self.row, why, self.watch.order(), judged, texts, self.corpus.encoding)
         self.at["track"]["reports"].append(kept)
 
@@ -218,7 +214,7 @@ class Phases:
         run.checkpoint(0, at, self.tally, self.parts)
         arms = summarise(at["arms"], s["self_steps"])
         if arms:
-            run.say(table(arms))
-        gold = dict(gold_meta_end=at["meta"]["gold_end"], bpb_meta_end=at["meta"]["bpb_end"])
-        run.finish(dict(stage=run.stage, seed=s["seed"], config=s, meta_steps=s["meta_steps"], **gold, **found,
-                        arms=arms), draw_runs)
+            run.say(arms_table(arms))
+        found |= dict(gold_meta_end=at["meta"]["gold_end"], bpb_meta_end=at["meta"]["bpb_end"], arms=arms)
+        summary = dict(stage=run.stage, seed=s["seed"], config=s, meta_steps=s["meta_steps"], **found)
+        run.finish(summary, draw_runs)

@@ -183,8 +183,8 @@ def draw_runs(folders):
 def draw_report(folder, row, path):
     """The picture of a hack report, into `path`: the log of the row's arm so far, and a line at its step.
 
-    Dots are drawn too, for a report may come after one row. A panel of which no row has a value is left out. A
-    picture that cannot be written costs a line, not the run.
+    Dots are drawn too, for a report may come after one row. A panel of which no row has a value is left out.
+    A picture that cannot be written costs a line, not the run.
     """
     lines = (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [r for r in map(json.loads, lines) if r["arm"] == row["arm"] and r["step"] <= row["step"]]

@@ -14,7 +14,7 @@ and its distribution q at each LOSS names the token that the learner should have
     meta phase   CE(p, x) + CE(q, obs)      real tokens are targets: the critic learns to judge
     self phase   CE(p, argmax q)            the critic's tokens are targets: no real token is
 
-An arm is one self phase. All arms start from the same snapshot of weights and optimizer, and see the same data.
+An arm is one self phase. All start from the same snapshot of weights and optimizer, and see the same data.
 """
 import copy
 
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call, grad, grad_and_value, jvp
 
-from configurator import chosen, refuse
+from configurator import chosen, refuse_if
 from equations import follow, inner_step, pull_back
 from model import GPT, GPTConfig, adamw
 from phases import Phases, read_corpus
@@ -46,7 +46,7 @@ adversary = "random"    # "random" | "flips": by any token, or by the one that m
 self_rate = 1.0         # learning rate of the self phase, as a share of learning_rate
 ema_decay = 0.999       # arm ema: the critic's weights are this share old, the rest the learner's, each step
 keep_meta = 0.0         # weight of practice on random strings, where the critic is made of the learner
-rescue_steps = 0        # steps back in the meta phase after an alarm, from the last good weights; 0 is no rescue
+rescue_steps = 0        # steps back in the meta phase after an alarm, from the last good weights; 0: none
 # --- model
 n_layer = 2             # blocks
 n_head = 4              # heads in each
@@ -75,10 +75,8 @@ start = ""              # the folder of a run whose finished meta phase to start
 wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Biases
 
 ARMS = ("real", "self", "frozen", "ema", "shuffled", "sharpen")
-# Settings that the meta phase does not read: with `start`, the others must be those of the run started from.
-SELF_PHASE = ("arms", "self_steps", "target", "hack_margin", "self_rate", "ema_decay", "keep_meta", "rescue_steps",
-              "eval_interval", "eval_windows", "save_interval", "device", "compile", "out_dir", "resume", "start",
-              "wandb_log")
+# Settings that the meta phase does not read, beside those of configurator.SELF_PHASE.
+SELF_PHASE = ("target", "self_rate", "keep_meta", "rescue_steps")
 # Independent streams of data and of random numbers.
 TEXT, FOREIGN, CHANCE, OUTER, KEPT, PROBE, ADVERSARY, RESCUE = range(8)
 SECOND_ORDER = 10.0  # weight of the second-order update beside the first-order gradient
@@ -92,7 +90,8 @@ def triples(own, obs):
 
 
 def critic_logits(critic, own, obs):
-    """[B, T, V]: what the critic names at each LOSS, having read own output and observation, int [B, T] both."""
+    """[B, T, V]: what the critic names at each LOSS, having read own output and observation, int [B, T]
+    both."""
     return critic(triples(own, obs), read=slice(2, None, 3))
 
 
@@ -103,7 +102,8 @@ def cross_entropy(logits, tokens):
 
 @torch.no_grad()  # the target is data to the learner: no gradient may flow into the critic through it
 def critic_target(critic, own, obs):
-    """What the critic names: its likeliest tokens [B, T], or its distribution [B, T, V] if `target` is soft."""
+    """What the critic names: its likeliest tokens [B, T], or its distribution [B, T, V] if `target` is
+    soft."""
     named = critic_logits(critic, own, obs)
     return named.softmax(-1) if target == "soft" else named.argmax(-1)
 
@@ -111,8 +111,8 @@ def critic_target(critic, own, obs):
 def replaced(critic, own, obs, u):
     """own [B, T] with a share `adversarial` of its tokens replaced; u: uniform numbers [B, T, 2].
 
-    "flips": the token v that to first order raises the critic's loss most, argmax_v ⟨e_v, ∂loss/∂e_own⟩, where e are
-    the embeddings (HotFlip, arXiv 1712.06751).
+    "flips": the token v that to first order raises the critic's loss most, argmax_v ⟨e_v, ∂loss/∂e_own⟩,
+    where e are the embeddings (HotFlip, arXiv 1712.06751).
     """
     other = (u[..., 1] * vocab).long()
     if adversary == "flips":
@@ -146,7 +146,8 @@ def meta_loss(phases, learner, text, step, tally, hacked=None):
 
 
 def self_loss(arm, learner, critic, text, seen, tally):
-    """CE(p, target): the target is what the critic names, having read own output and observation. Nats a token.
+    """CE(p, target): the target is what the critic names, having read own output and observation. Nats a
+    token.
 
     seen: the observation [B, T] that the critic reads; that of the text, but for the arm shuffled.
     """
@@ -169,7 +170,7 @@ def practice(phases, learner, step):
     return cross_entropy(critic_logits(learner, own, obs), obs)
 
 
-# ---- second order: see equations.py for θ′, w and what is averaged over ranks. θ and φ are the same numbers in two roles
+# ---- second order: see equations.py for θ′, w, what is averaged. θ and φ are the same numbers in two roles
 
 def log_p(learner, theta, x, **options):
     """log p_θ(v), [B, T, V], on text x."""
@@ -187,7 +188,8 @@ def outer_loss(learner, theta, text):
 
 
 def mixed_product(learner, theta, phi, x, teacher, w):
-    """∂_φ ⟨∇_θ L, w⟩ = ∂_φ [−Σ_v T_φ(v) ℓ̇(v)], with ℓ̇ = d/dε log p_{θ+εw}: one forward derivative is enough."""
+    """∂_φ ⟨∇_θ L, w⟩ = ∂_φ [−Σ_v T_φ(v) ℓ̇(v)], with ℓ̇ = d/dε log p_{θ+εw}: one forward derivative is
+    enough."""
     _, rate = jvp(lambda th: log_p(learner, th, x, fused=False), (theta,), (w,))
     return dict(zip(phi, torch.autograd.grad(inner_loss(teacher, rate), list(phi.values()))))
 
@@ -204,7 +206,8 @@ def second_order(learner, critic, text, own, outer_text, average):
     teacher = critic_logits(call, own, obs).softmax(-1)
     g = grad(lambda th: inner_loss(teacher.detach(), log_p(learner, th, x)))(theta)
     average(list(g.values()))
-    lam, after = grad_and_value(lambda th: outer_loss(learner, th, outer_text))(inner_step(theta, g, inner_length))
+    moved = inner_step(theta, g, inner_length)
+    lam, after = grad_and_value(lambda th: outer_loss(learner, th, outer_text))(moved)
     average(list(lam.values()))
     dphi = mixed_product(learner, theta, phi, x, teacher, pull_back(g, lam, inner_length))
     with torch.no_grad():
@@ -216,11 +219,13 @@ def second_order(learner, critic, text, own, outer_text, average):
 
 def keep_good(phases):
     """Keeps the weights that a rescue goes back to."""
-    phases.kept["good"] = copy.deepcopy({k: phases.parts[k].state_dict() for k in ("learner", "optimizer", "watch")})
+    parts = ("learner", "optimizer", "watch")
+    phases.kept["good"] = copy.deepcopy({name: phases.parts[name].state_dict() for name in parts})
 
 
 def rescue(phases, step):
-    """Back to the last good weights, then `rescue_steps` of the meta phase with the hacked outputs among its inputs.
+    """Back to the last good weights, then `rescue_steps` of the meta phase with the hacked outputs among its
+    inputs.
 
     The critic becomes a copy of what comes out of it, and the watch forgets what it saw since.
     """
@@ -229,8 +234,9 @@ def rescue(phases, step):
     for name, state in phases.kept["good"].items():
         phases.parts[name].load_state_dict(copy.deepcopy(state))
     for i in range(rescue_steps):
+        text = phases.text(step * rescue_steps + i, RESCUE)
         with phases.run.autocast():
-            loss, _ = meta_loss(phases, learner, phases.text(step * rescue_steps + i, RESCUE), step + i, {}, hacked)
+            loss, _ = meta_loss(phases, learner, text, step + i, {}, hacked)
         loss.backward()
         phases.take_step(learner, optimizer, noted=False)
     phases.parts["critic"].load_state_dict(learner.state_dict())
@@ -243,7 +249,8 @@ def rescue(phases, step):
 # ---- what the log and the reports show
 
 def stored_probe(run, corpus):
-    """(own, obs), int [4, T] both: random strings beside held-out text, on which a critic can be asked at any time."""
+    """(own, obs), int [4, T] both: random strings beside held-out text, on which a critic can be asked at any
+    time."""
     obs = val_windows(corpus.val, 4, block_size + 1)[:, 1:]
     own = np.random.default_rng([seed, PROBE]).integers(0, vocab, tuple(obs.shape))
     return torch.from_numpy(own).to(run.device), obs.to(run.device)
@@ -251,7 +258,8 @@ def stored_probe(run, corpus):
 
 @torch.no_grad()
 def examine(run, critic, probe):
-    """How the critic stands on the stored probe: {agreement_probe: share of tokens named that are the observation}."""
+    """How the critic stands on the stored probe: {agreement_probe: share of tokens named that are the
+    observation}."""
     own, obs = probe
     with run.autocast():
         named = critic_logits(critic, own, obs).argmax(-1)
@@ -260,7 +268,8 @@ def examine(run, critic, probe):
 
 @torch.no_grad()
 def ask(phases, learner, critic):
-    """(own, observation, target, agreement) on the text to come, as the arm reads it; tokens of its first row."""
+    """(own, observation, target, agreement) on the text to come, as the arm reads it; tokens of its first
+    row."""
     text, foreign = (phases.text(meta_steps + phases.step, stream) for stream in (TEXT, FOREIGN))
     own, obs = learner(text[:, :-1]).argmax(-1), text[:, 1:]
     seen = dict(shuffled=foreign[:, 1:], sharpen=own).get(phases.arm, obs)
@@ -272,23 +281,18 @@ def ask(phases, learner, critic):
 
 def check():
     """The arms by name. Refuses settings that cannot be."""
-    if order not in (1, 2):
-        refuse(f"order={order} must be 1 (imitation) or 2 (imitation and second order)")
-    if ema_decay >= 1:
-        refuse(f"ema_decay={ema_decay} must be below 1: it is the share of the old weights that stays")
-    if adversarial > 1:
-        refuse(f"adversarial={adversarial} must be at most 1: it is a share")
-    if rescue_steps and meta_steps < 100:
-        refuse(f"rescue_steps={rescue_steps} waits for an alarm, and the watch needs meta_steps of 100 or more to be "
-               f"calibrated; they are {meta_steps}")
+    refuse_if(order not in (1, 2), f"order={order} must be 1 (imitation) or 2 (imitation and second order)")
+    refuse_if(adversarial > 1, f"adversarial={adversarial} must be at most 1: it is a share")
+    refuse_if(rescue_steps and meta_steps < 100, f"rescue_steps={rescue_steps} waits for an alarm of the watch, "
+              f"which needs meta_steps of 100 or more, not {meta_steps}")
     return chosen("arms", arms, ARMS)
 
 
 def rate(arm, step):
-    """The learning rate of a step."""
-    if arm == "meta":
-        return learning_rate * min(1.0, (step + 1) / max(1, warmup))
-    return learning_rate * min(1.0, (meta_steps + step + 1) / max(1, warmup)) * (1.0 if arm == "real" else self_rate)
+    """The learning rate of a step: a warm-up, then constant."""
+    at = step if arm == "meta" else meta_steps + step
+    share = 1.0 if arm in ("meta", "real") else self_rate
+    return share * learning_rate * min(1.0, (at + 1) / max(1, warmup))
 
 
 def main():
@@ -297,7 +301,8 @@ def main():
     corpus = read_corpus(run, block_size)
     torch.manual_seed(seed)
     learner = GPT(GPTConfig(vocab, 1, n_layer, n_head, n_embd)).to(run.device, run.weight_dtype)
-    critic, optimizer, probe = copy.deepcopy(learner), adamw(learner, learning_rate), stored_probe(run, corpus)
+    critic, optimizer = copy.deepcopy(learner), adamw(learner, learning_rate)
+    probe = stored_probe(run, corpus)
     judge = lambda: learner if phases.arm in ("meta", "start", "real", "self") else critic
     phases = Phases(run, corpus, dict(learner=learner, critic=critic, optimizer=optimizer), dict(good=None),
                     read=learner, rate=rate, judge=judge, examine=lambda: examine(run, judge(), probe),
@@ -312,7 +317,7 @@ def main():
         with run.autocast():
             loss, own = meta_loss(phases, learner, text, step, phases.tally)
             loss.backward()
-            if order == 2 and step >= warmup:  # before it both roles are noise, and so is what would be learned
+            if order == 2 and step >= warmup:  # before it both roles are noise
                 dphi, gain = second_order(learner, learner, text, own, phases.text(step, OUTER), run.average)
                 for name, p in learner.named_parameters():
                     p.grad += SECOND_ORDER * dphi[name]

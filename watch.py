@@ -1,16 +1,14 @@
 """
-What tells whether a run goes well: gold, the log, the watch that must do without gold, and the report of a hack.
+What tells whether a run goes well: gold, the row of the log, and the watch that must do without gold.
 
-Gold is the held-out cross entropy of the learner on real text. It is for the report; no part of a self phase may read
-it. The watch reads what a deployed model has: its own output, the critic's signal and the observation stream.
+Gold is the held-out cross entropy of the learner on real text. It is for the report; no part of a self phase
+may read it. The watch reads what a deployed model has: its own output, the critic's signal, the observations.
 """
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-
-from plot import draw_report
 
 
 class Gold:
@@ -40,12 +38,14 @@ class Gold:
 
 def new_track():
     """What is remembered of an arm's gold: a plain dict, so that a checkpoint can hold it."""
-    return dict(gold_start=None, gold_best=None, gold_end=None, bpb_end=None, proxy_start=None, proxy_end=None,
-                steps_to_hack=None, alarms=[], rescues=[], reports=[], rising_since=None, rising=0)
+    return dict(gold_start=None, gold_best=None, gold_end=None, bpb_end=None, proxy_start=None,
+                proxy_end=None, steps_to_hack=None, alarms=[], rescues=[], reports=[], rising_since=None,
+                rising=0)
 
 
 def track_gold(track, row, margin):
-    """Follows an arm's gold through the rows of its log. A hack: `margin` nats above the best, three rows running.
+    """Follows an arm's gold through the rows of its log. A hack: `margin` nats above the best, three rows
+    running.
 
     Returns True at the evaluation that makes it a hack; `steps_to_hack` is then the first of the three.
     """
@@ -69,7 +69,8 @@ def track_gold(track, row, margin):
 
 
 def recovered(track, real):
-    """(gold at start − gold at end) of an arm over the same of `real`; None without a real arm that learned."""
+    """(gold at start − gold at end) of an arm over the same of `real`; None without a real arm that
+    learned."""
     if real is None or real["gold_start"] <= real["gold_end"]:
         return None
     return (track["gold_start"] - track["gold_end"]) / (real["gold_start"] - real["gold_end"])
@@ -82,10 +83,11 @@ def summarise(tracks, self_steps):
             for name, track in tracks.items()}
 
 
-def table(arms):
+def arms_table(arms):
     """The arms of a summary as text, a row each."""
     row = "{:<12} {:>10} {:>7} {:>7} {:>9} {:>9} {:>6} {:>7} {:>9}".format
-    lines = [row("arm", "gold start", "best", "end", "bits/byte", "hacked at", "alarm", "rescues", "recovered")]
+    head = "arm", "gold start", "best", "end", "bits/byte", "hacked at", "alarm", "rescues", "recovered"
+    lines = [row(*head)]
     for name, a in arms.items():
         gold = [f"{a[k]:.3f}" for k in ("gold_start", "gold_best", "gold_end", "bpb_end")]
         hack = "never" if a["steps_to_hack"] is None else a["steps_to_hack"]
@@ -94,7 +96,7 @@ def table(arms):
     if "real" not in arms:
         lines.append("No real arm was run: a hack here may be the optimizer's doing, not the signal's.")
     elif arms["real"]["steps_to_hack"] is not None:
-        lines.append("Gold rose in the real arm too, whose targets are right: no hack here is to be believed.")
+        lines.append("Gold rose in the real arm too, whose targets are right: believe no hack here.")
     return "\n".join(lines)
 
 
@@ -107,18 +109,19 @@ ROW = ("grad_norm", "surprise", "agreement", "echo", "target_top", "target_entro
 def note(tally, loss, logp, obs, told=None, **means):
     """Adds a step to what the next row of the log will average, without waiting for the device.
 
-    logp: the learner's log probabilities [B, T, V]. obs: what was observed there, int [B, T], or the first of them.
-    told: the tokens that the critic names, int [B, T] or [B, R, T]; agreement is the share of them that equal the
-    observation, echo that of those that are the learner's likeliest. means: scalars, to be averaged as well.
+    logp: the learner's log probabilities [B, T, V]. obs: what was observed there, int [B, T], or the first of
+    them. told: the tokens that the critic names, int [B, T] or [B, R, T]: agreement is the share of them that
+    are observed, echo that of those that are the learner's likeliest. means: scalars, to be averaged as well.
     """
     if told is not None:
-        told, own = told.view(len(obs), -1, obs.size(1)), logp.argmax(-1)
-        means.update(agreement=(told == obs[:, None]).float().mean(), echo=(told == own[:, None]).float().mean())
+        told = told.view(len(obs), -1, obs.size(1))
+        means.update(agreement=(told == obs[:, None]).float().mean(),
+                     echo=(told == logp.argmax(-1)[:, None]).float().mean())
         counts = torch.zeros(logp.size(-1), device=told.device)  # not bincount, which waits for the device
         means["targets"] = counts.index_add_(0, told.flatten(), counts.new_ones(told.numel()))
     surprise = -logp[:, :obs.size(1)].gather(-1, obs.unsqueeze(-1)).mean()
     entropy = -(logp.exp() * logp).sum(-1).mean()
-    means.update(steps=torch.ones_like(surprise), loss=loss.detach(), surprise=surprise, output_entropy=entropy)
+    means.update(steps=torch.ones_like(loss), loss=loss.detach(), surprise=surprise, output_entropy=entropy)
     for name, value in means.items():
         tally[name] = tally.get(name, 0) + value
     stream = torch.stack((surprise, means["agreement"], entropy)).float()[None]
@@ -128,8 +131,8 @@ def note(tally, loss, logp, obs, told=None, **means):
 def make_row(run, arm, step, tally, gold, lr, more):
     """(row of the log, streams of the steps since the last one, float [steps, 3] or None). Empties the tally.
 
-    The row holds the means of the tally, gold as (nats a token, bits a byte), and `more`. A mean replaces what
-    `more` has by its name: None there is what rows without a step hold.
+    The row holds the means of the tally, gold as (nats a token, bits a byte), and `more`. A mean replaces
+    what `more` has by its name: None there is what rows without a step hold.
     """
     run.average(list(tally.values()))
     n = tally.pop("steps").item() if tally else 0
@@ -151,8 +154,8 @@ def make_row(run, arm, step, tally, gold, lr, more):
 
 STREAMS = dict(surprise=1, agreement=-1, entropy=-1, probe=-1)  # what is watched, and which way is bad
 FALSE_ALARMS = 0.05  # chance of one or more in 10,000 healthy steps, over all streams together
-SLACK = 0.5          # spreads that a stream may be off its reference for ever, beside what learning itself moves it
-MEMORY = 100         # steps that the reference looks back; an alarm within as many after another is the same one
+SLACK = 0.5          # spreads that a stream may be off its reference for ever, beside what learning moves it
+MEMORY = 100         # steps that the reference looks back; an alarm within as many after another is the same
 BLOCK = 10           # steps that are resampled together, to keep what correlation they have
 
 
@@ -168,12 +171,13 @@ class Watch:
 
         S_t = max(0, S_{t−1} + (x_t − r_t)/s_t − k)      r_{t+1} = r_t + (x_t − r_t)/MEMORY
 
-    and alarms when S_t > h. All is calibrated on the end of the meta phase. s is the spread of x − r there, or more
-    where x − r has spread since (over 10 MEMORY steps; the text that a better model knows varies more). The slack k is
-    SLACK, and the lag of r behind x where learning itself moves x the bad way (entropy falls while a model learns).
-    h is the quantile of the largest S_t of 10,000 steps at which the chance of a false alarm is FALSE_ALARMS, over
-    steps resampled from there or over normal ones, whichever is larger: the one has too short a tail, the other no
-    skew. The probe, which is no average over fresh text, is taken to have the noise of its few tokens.
+    and alarms when S_t > h. All is calibrated on the end of the meta phase. s is the spread of x − r there,
+    or more where x − r has spread since (over 10 MEMORY steps; the text that a better model knows varies
+    more). The slack k is SLACK, and the lag of r behind x where learning itself moves x the bad way (entropy
+    falls while a model learns). h is the quantile of the largest S_t of 10,000 steps at which the chance of a
+    false alarm is FALSE_ALARMS, over steps resampled from there or over normal ones, whichever is larger: the
+    one has too short a tail, the other no skew. The probe, which is no average over fresh text, has the noise
+    of its few tokens.
     """
 
     def __init__(self):
@@ -187,9 +191,9 @@ class Watch:
         self.state = {name: dict(s) for name, s in state.items()}
 
     def calibrate(self, values, tokens, probe, probe_tokens, seed=0):
-        """values: float [steps, 3] of a meta phase: surprise, agreement, entropy; tokens: how many each is a mean of.
-
-        probe: the last value of the probe, over probe_tokens tokens. With fewer than 100 steps the watch stays off.
+        """values: float [steps, 3] of a meta phase: surprise, agreement, entropy; tokens: each is a mean of
+        so many. probe: its last value, over probe_tokens tokens. With fewer than 100 steps the watch stays
+        off.
         """
         values = np.asarray(values, dtype=float)
         if len(values) < 100:
@@ -201,8 +205,9 @@ class Watch:
             # An agreement that never failed in the sample still has a spread: that of one token failing.
             spread = max(off.std(), 1 / tokens if name == "agreement" else 1e-6)
             slope = np.polyfit(np.arange(len(recent)), recent[:, i], 1)[0]
-            lag = max(0.0, STREAMS[name] * slope * MEMORY / spread)  # how far a reference stays behind such a slope
-            self._set(name, recent[-MEMORY // 2:, i].mean(), spread, STREAMS[name] * off / spread, rng, SLACK + lag)
+            lag = max(0.0, STREAMS[name] * slope * MEMORY / spread)  # how far r stays behind such a slope
+            start, sample = recent[-MEMORY // 2:, i].mean(), STREAMS[name] * off / spread
+            self._set(name, start, spread, sample, rng, SLACK + lag)
         spread = math.sqrt(max(probe * (1 - probe), 1 / probe_tokens) / probe_tokens)
         self._set("probe", probe, spread, rng.standard_normal(1000), rng, SLACK)
 
@@ -213,7 +218,8 @@ class Watch:
                                 slack=float(slack), threshold=h, sum=0.0, since=0)
 
     def update(self, step, values, probe, names=tuple(STREAMS)):
-        """Reads the steps since the last call, float [steps, 3], and the probe; those of `names` that alarm."""
+        """Reads the steps since the last call, float [steps, 3], and the probe; those of `names` that
+        alarm."""
         fired = []
         for i, (name, s) in enumerate(self.state.items()):
             if name not in names or s["reference"] is None:
@@ -225,7 +231,7 @@ class Watch:
                 if s["sum"] == 0:
                     s["since"] = step - len(stream) + 1 + j
                 s["reference"] += off * s["spread"] / MEMORY
-                grown = 1 + (min(off * off, 9) - 1) / (10 * MEMORY)  # at most 9: a change is not to hide itself
+                grown = 1 + (min(off * off, 9) - 1) / (10 * MEMORY)  # at most 9: a change may not hide itself
                 s["spread"] = max(s["floor"], s["spread"] * math.sqrt(grown))
                 if s["sum"] > s["threshold"]:
                     fired.append(name)
@@ -260,8 +266,9 @@ def innovations(x):
 def threshold(sample, rng, known=None, steps=10_000, chains=500):
     """h such that a healthy CUSUM of `steps` steps passes it with the stated chance.
 
-    Each chain lives through the whole procedure: it takes its own spread and first reference from as few values as are
-    `known` (all of the sample if None), and then its steps, all resampled in blocks from `sample`.
+    Each chain lives through the whole procedure: it takes its own spread and first reference from as few
+    values as are `known` (all of the sample if None), and then its steps, all resampled in blocks from
+    `sample`.
     """
     def draw(n):
         start = rng.integers(0, len(sample) - BLOCK + 1, (n // BLOCK, 1, chains))
@@ -275,74 +282,3 @@ def threshold(sample, rng, known=None, steps=10_000, chains=500):
         reference += (x - reference) / MEMORY
         top = np.maximum(top, sums)
     return float(np.quantile(top, 1 - FALSE_ALARMS / len(STREAMS)))
-
-
-# ---- the report of a hack
-
-SHARES = dict(agreement="targets equal to the observation", echo="targets equal to the own output",
-              outside="targets on none of the own spans", target_top="targets that are the most frequent one",
-              target_entropy="entropy of the targets (nats)", output_entropy="entropy of the output (nats)",
-              gist_std="standard deviation of the gists", gist_rank="effective rank of the gists",
-              gold_nats="gold (nats)")
-
-
-def marked(encoding, ids, reference):
-    """Text of `ids` in which runs of tokens that differ from `reference` stand in ⟦ ⟧; None shows as ∅."""
-    text, inside = "", False
-    for a, b in zip(ids, reference):
-        if (a != b) != inside:
-            text += "⟧" if inside else "⟦"
-            inside = not inside
-        text += "∅" if a is None else encoding.decode([a], errors="replace").replace("\n", "⏎")
-    return text + "⟧" * inside
-
-
-def verdict(judged):
-    """What the cross examination says, as a sentence. judged: {(critic, outputs): agreement}, "then" | "now" each."""
-    base = judged["then", "then"]
-    drift, exploit = judged["now", "then"] < base - 0.1, judged["then", "now"] < base - 0.1
-    if drift and exploit:
-        return "Both: today's critic misjudges even the old outputs, and the old critic misjudges today's."
-    if drift:
-        return "Drift: the old critic still judges today's outputs right; today's critic misjudges even the old ones."
-    if exploit:
-        return "Exploit: today's critic judges the old outputs as well as ever; today's outputs fool it."
-    return ("Neither: the critic judges as well as at the start. If gold falls too, the alarm was false; if it rises, "
-            "the signal was wrong from the start: a biased teacher, or an observation that is not the learner's.")
-
-
-def write_report(run, row, why, changed, judged, texts, encoding):
-    """hacks/NNN.md: what happened, in an order in which a newcomer can read it, and a picture beside it.
-
-    row: of the log. why: "gold" or the names of the streams that alarmed. changed: [(step, stream)]. judged: see
-    `verdict`. texts: {"then" | "now": (output, observation, target)}, lists of token ids. Returns what the summary
-    keeps: {"step", "why", "changed", "judged"}, judged as "critic on outputs": agreement.
-    """
-    kept = dict(step=row["step"], why=why if why == "gold" else "+".join(why), changed=[list(c) for c in changed],
-                judged={f"{c} on {o}": round(value, 4) for (c, o), value in judged.items()})
-    if run.first:
-        (run.out_dir / "hacks").mkdir(exist_ok=True)
-        name = f"{run.last_report() + 1:03d}"
-        draw_report(run.out_dir, row, run.out_dir / f"hacks/{name}.png")
-        page = report_page(name, row, why, changed, judged, texts, encoding)
-        run.write(f"hacks/{name}.md", lambda f: f.write(page.encode()))
-    return kept
-
-
-def report_page(name, row, why, changed, judged, texts, encoding):
-    """The page of `write_report`, markdown."""
-    cause = "gold rose" if why == "gold" else "the watch alarmed on " + ", ".join(why)
-    order = [f"{i}. {stream}, from step {since}" for i, (since, stream) in enumerate(changed, 1)]
-    judges = [f"| {whose} critic | {judged[c, 'then']:.3f} | {judged[c, 'now']:.3f} |"
-              for whose, c in (("snapshot's", "then"), ("today's", "now"))]
-    numbers = [f"| {text} | {row[key]:.3f} |" for key, text in SHARES.items() if row.get(key) is not None]
-    show = lambda when: "\n".join(f"{what:<12} {marked(encoding, ids, texts[when][1])}"
-                                  for what, ids in zip(("output", "observation", "target"), texts[when]))
-    return "\n".join((
-        f"# {row['arm']}, step {row['step']}: {cause}", "", "## What changed first", "",
-        *(order or ["No stream has left its usual range."]), "", f"![curves]({name}.png)", "",
-        "## Drift or exploit?", "", "Share of targets that equal the observation:", "",
-        "| | on the snapshot's outputs | on today's outputs |", "|---|---|---|", *judges, "", verdict(judged), "",
-        "## The texts", "", "What differs from the observation stands in ⟦ ⟧; ⏎ is a line break.", "",
-        "**before: the snapshot**", "", "```", show("then"), "```", "", "**now**", "", "```", show("now"), "```", "",
-        "## The numbers", "", "| over the last steps | |", "|---|---|", *numbers, ""))

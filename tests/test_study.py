@@ -6,37 +6,50 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+STUDIES = Path(__file__).parent.parent / "studies"
 PROGRAM = """
 import sys, study
 from pathlib import Path
-study.OUT = Path(sys.argv[1])
-small = "--self_steps=4 --n_embd=32 --n_head=2 --block_size=16 --batch_size=4 --eval_windows=4 --arms=real --device=cpu"
-study.STUDIES = {"tiny": ("self_ce.py", {"first": small + " --meta_steps=60 --save_interval=10",
-                 "second": small + " --meta_steps=60 --save_interval=10 --start={out}/study-tiny/first/{seed}"}, (1, 2))}
-sys.argv = ["study.py", "tiny"]
+study.OUT = Path(sys.argv.pop(1))
+small = ("--self_steps=4 --meta_steps=60 --save_interval=10 --n_embd=32 --n_head=2 --block_size=16 "
+         "--batch_size=4 --eval_windows=4 --arms=real --device=cpu")
+study.STUDIES = {"tiny": ("self_ce.py", {"first": small,
+                                         "second": small + " --start={out}/study-tiny/first/{seed}"}, (1, 2))}
 study.main()
 """
 
 
+def command(folder, program=PROGRAM, words=("tiny",)):
+    """The command line of a study of two points and two seeds, in a folder."""
+    return [sys.executable, "-c", program, str(folder), *words]
+
+
+def run(*arguments, **options):
+    return subprocess.run(command(*arguments, **options), cwd=STUDIES, capture_output=True, text=True, timeout=60)
+
+
 def test_a_study_killed_by_sigkill_continues_and_repeats_nothing(tmp_path):
-    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
     first = tmp_path / "study-tiny" / "first" / "1"
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command(tmp_path), cwd=STUDIES, stdout=subprocess.DEVNULL, start_new_session=True)
     while not (first / "ckpt.pt").exists():
         assert process.poll() is None
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)  # the study and the runs under way
     process.wait()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run(tmp_path)
     assert done.returncode == 0 and done.stdout.count("min left") == 4, done.stdout + done.stderr
     assert "go on with" not in done.stdout and len(list(tmp_path.glob("study-tiny/*/*/summary.json"))) == 4
     assert not list(tmp_path.glob("study-tiny/*/*-1")), "a run was begun anew instead of resumed"
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    again = run(tmp_path)
     assert again.returncode == 0 and again.stdout == ""
 
 
 def test_a_study_says_which_run_it_needs_first(tmp_path):
-    program = PROGRAM.replace('"first": small + " --meta_steps=60 --save_interval=10",', "")
-    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = run(tmp_path, PROGRAM.replace('{"first": small,', "{"))
     assert done.returncode == 1 and "study-tiny/second/1 needs study-tiny/first/1 first" in done.stdout
+
+
+def test_a_study_that_is_not_there_and_a_second_word_are_refused(tmp_path):
+    for words, says in ((["tini"], "did you mean 'tiny'?"), (["tiny", "5"], "'5' is not --list")):
+        done = run(tmp_path, words=words)
+        assert done.returncode == 2 and says in done.stderr and not list(tmp_path.iterdir())

@@ -1,0 +1,288 @@
+"""
+Many runs of one script, two at a time, that go on where they were when started again.
+
+    python studies/study.py 1            # stage 1: the grid behind the tables of results/stage-1.md
+    python studies/study.py 1 --list     # what it would run, and what is done
+
+Each run is a process of its own with one thread, in out/study-1/<name>/<seed>. A finished run has a
+summary.json and is not run again; one that was interrupted is resumed from its checkpoint.
+"""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules
+from configurator import nearest, refuse
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: there a study must not be started twice
+    fcntl = None
+
+AT_ONCE = 2
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "out"
+
+# ---- stage 1
+BASE = "--start={out}/study-1/base/{seed}"  # levers of the self phase share one meta phase a seed
+LEVER = "--self_steps=400 --arms=self"
+LAW = "--self_steps=140 --arms=self --eval_interval=2"
+LONG = "--batch_size=2 --meta_steps=1000"
+LONG_BASE = "--start={out}/study-1-long/frozen/{seed}"
+LONG_STEPS = "--self_steps=20000 --eval_interval=100 --save_interval=2000"
+HUNT = "--eval_interval=20 --arms=real,frozen"
+
+# ---- stage 2
+GISTS = "--start={out}/study-2/base/{seed} --arms=frozen,random"
+FORECAST = "--start={out}/study-2/base/{seed} --arms=forecast"
+SHARE = "--arms= --controls=full,none"
+RATE = "--controls= --self_learning_rate=1e-3"
+MEANING = ("--dataset=planted-synonyms --vocab=128 --n_layer=2 --n_embd=64 --block_size=32 --controls= "
+           "--eval_windows=256")
+LITTLE = (f"{MEANING} --train_tokens=5000 --meta_steps=60 --batch_size=16 --learning_rate=3e-3 "
+          "--candidates=32 --every=1 --self_learning_rate=1e-3 --self_steps=200 --eval_interval=20")
+READER = "--critic_from={out}/study-2-meaning"
+SPELLED = "--dataset=plays-spellings --vocab=144"
+MUCH = ("--n_layer=2 --n_embd=64 --block_size=32 --batch_size=32 --meta_steps=3000 --arms= --controls= "
+        "--eval_interval=100")
+LITTLE_PLAYS = ("--n_layer=2 --n_embd=64 --block_size=32 --controls= --batch_size=16 --learning_rate=3e-3 "
+                "--every=1 --self_learning_rate=1e-3 --eval_interval=20 --eval_windows=256 "
+                "--arms=real,frozen,forecast,random")
+
+# ---- stage 3
+SMALL = ("--n_head=2 --block_size=16 --learning_rate=3e-3 --warmup=10 --self_steps=300 --eval_interval=30 "
+         "--eval_windows=256 --train_tokens=40000")
+SYNONYMS = (f"{SMALL} --dataset=planted-synonyms --vocab=256 --n_layer=1 --batch_size=64 --outer_batch=256 "
+            "--pretrain=30 --critic_rate=0.2")
+SPELLINGS = (f"{SMALL} {SPELLED} --n_layer=2 --batch_size=256 --outer_batch=512 --pretrain=50 "
+             "--pool_steps=400 --scalar_rate=0.01")
+LEARNED, BY_HAND = "--meta_steps=430", "--meta_steps=30 --kappa=7"
+SPELLINGS_LEARNED, SPELLINGS_BY_HAND = "--meta_steps=1550", "--meta_steps=50 --kappa=7"
+TWO = "--arms=real,frozen"
+CHUNKS = "--chunk=4 --arms=real,first,frozen"
+OWN = "--chunk=4 --arms=real,first,frozen,frozen_first"
+FACTS = f"--dataset=planted-facts {TWO}"
+SHIFT = ("--dataset=planted-shift --vocab=128 --n_layer=1 --n_head=2 --n_embd=64 --block_size=32 "
+         "--pretrain=150 --meta_steps=150 --self_steps=200 --batch_size=32 --learning_rate=3e-3")
+
+FIVE = (1, 2, 3, 4, 5)
+
+# study: (script, {name of a point: settings that differ from the script's}, seeds)
+STUDIES = {
+    "1": ("self_ce.py", {
+        "base": "",
+        # the law: steps to hack against meta steps, rate and vocabulary, read every two steps
+        "law-base": f"{BASE} {LAW}",
+        "law-meta-250": f"{LAW} --meta_steps=250",
+        "law-meta-1000": f"{LAW} --meta_steps=1000",
+        "law-meta-2000": f"{LAW} --meta_steps=2000",
+        "law-rate-.25": f"{BASE} {LAW} --self_rate=0.25",
+        "law-rate-2": f"{BASE} {LAW} --self_rate=2",
+        "law-vocab-256": f"{LAW} --vocab=256",
+        "law-vocab-1024": f"{LAW} --vocab=1024",
+        # levers of the self phase
+        "keep-random": f"{BASE} --self_steps=400 --arms=self,ema --keep_meta=0.1",
+        "rescue-hacked": f"{BASE} --self_steps=400 --arms=self,ema --rescue_steps=20",
+        "ema-.99": f"{BASE} --self_steps=400 --arms=ema --ema_decay=0.99",
+        "ema-.9999": f"{BASE} --self_steps=400 --arms=ema --ema_decay=0.9999",
+        "soft": f"{BASE} --self_steps=400 --arms=self,frozen,ema --target=soft",
+        # levers of the meta phase
+        "flips": f"{LEVER} --adversarial=0.3 --adversary=flips",
+        "random": f"{LEVER} --adversarial=0.3",
+        "order-2": f"{LEVER} --order=2",
+        # a critic that is half right
+        "biased": f"--meta_steps=300 --self_steps=400 {TWO}",
+    }, FIVE),
+    # How long can it go on? 20 times the meta phase, with no real token as a target.
+    "1-long": ("self_ce.py", {
+        "frozen": f"{LONG} {LONG_STEPS} {TWO}",
+        "self": f"{LONG} {LONG_BASE} {LONG_STEPS} --arms=self --keep_meta=0.1",
+        "sharpen": f"{LONG} {LONG_BASE} --self_steps=1000 --arms=sharpen,self",
+    }, FIVE),
+    # Where is a frozen critic hacked only after hundreds of steps, as earlier work saw at 750?
+    "hunt": ("self_ce.py", {
+        **{f"accuracy-{m}": f"{HUNT} --vocab=4096 --meta_steps={m} --self_steps=1200"
+           for m in (450, 500, 550, 600)},
+        **{f"accuracy-{m}": f"{HUNT} --vocab=4096 --meta_steps={m} --self_steps=1200 --eval_windows=32"
+           for m in (700, 800)},
+        **{f"repeated-{n}": f"{HUNT} --train_tokens={n} --self_steps=3000" for n in (5000, 30000)},
+        "repeated-4096": f"{HUNT} --vocab=4096 --train_tokens=30000 --meta_steps=550 --self_steps=1200",
+        "slow": f"{HUNT},self --vocab=4096 --block_size=42 --learning_rate=1e-4 --meta_steps=1000 "
+                "--self_steps=1200",
+    }, (1,)),
+    # Gists: what they carry, and what a learner recovers from their distance.
+    "2": ("gist_bottleneck.py", {
+        "base": "--arms=real,frozen,random",
+        "energy": f"{GISTS} --distance=energy",
+        "plain": f"{GISTS} --distance=plain",
+        "tau-.5": f"{GISTS} --tau=0.5",
+        "span-4": f"{GISTS} --span=4 --distance=energy",
+        "forecast": FORECAST,
+        "forecast-tau-.5": f"{FORECAST} --tau=0.5",
+        "share-8": f"{SHARE} --chunk=8",
+        "share-16": f"{SHARE} --chunk=16",
+        "share-8-long": f"{SHARE} --chunk=8 --meta_steps=2000 --eval_interval=100",
+        "share-16-long": f"{SHARE} --chunk=16 --meta_steps=2000 --eval_interval=100",
+        "rate-1e-3": f"{RATE} --arms=real,self,frozen,ema",
+        "rate-1e-3-long": f"{RATE} --start={{out}}/study-2/rate-1e-3/{{seed}} --arms=real,self "
+                          "--self_steps=1500 --eval_interval=50",
+        "order-2": "--start={out}/study-2/base/{seed} --arms=frozen --order=2",
+        "long": f"{GISTS},real --self_steps=2500 --eval_interval=100",
+        "arms": "--start={out}/study-2/base/{seed} --arms=self,ema,shuffled,sharpen",
+        "gists-2": "--n_gist=2 --controls= --arms=real,frozen,random",
+        "gists-4": "--n_gist=4 --controls= --arms=real,frozen,random",
+        "span-2": f"{GISTS} --span=2 --distance=energy",
+    }, FIVE),
+    # Where forgetting helps: text full of synonyms, little of it, and a critic that has read more.
+    "2-meaning": ("gist_bottleneck.py", {
+        "critic": f"{MEANING} --meta_steps=2500 --batch_size=32 --learning_rate=6e-3 --arms= "
+                  "--eval_interval=100",
+        "praise": f"{LITTLE} {READER}/critic/{{seed}} --arms=real,frozen,forecast,random",
+        # what is left of it where spellings are noise and the text is real, and on the plays themselves
+        "spellings-critic": f"{SPELLED} {MUCH}",
+        "spellings": f"{SPELLED} --train_tokens=20000 --meta_steps=100 --candidates=100 --self_steps=160 "
+                     f"{LITTLE_PLAYS} {READER}/spellings-critic/{{seed}}",
+        "plays-critic": MUCH,
+        "plays": f"--train_tokens=40000 --meta_steps=150 --candidates=32 --self_steps=300 {LITTLE_PLAYS} "
+                 f"{READER}/plays-critic/{{seed}}",
+        "own": f"{LITTLE} --start={{out}}/study-2-meaning/praise/{{seed}} --arms=frozen,forecast",
+    }, FIVE),
+    # Second order: a critic that starts broad and random, and the same left so, or sharpened by hand.
+    "3": ("meta_gist.py", {
+        "base": "",
+        "synonyms": f"{SYNONYMS} {LEARNED} --arms=real,frozen,self,ema,shuffled",
+        "synonyms-by-hand": f"{SYNONYMS} {BY_HAND} {TWO}",
+        "chunk-4": CHUNKS,
+        "chunk-4-by-hand": f"{CHUNKS} --meta_steps=400 --kappa=7",
+        "synonyms-10000": f"{SYNONYMS} {LEARNED} {TWO} --train_tokens=10000",
+        "synonyms-10000-by-hand": f"{SYNONYMS} {BY_HAND} {TWO} --train_tokens=10000",
+        "spellings": f"{SPELLINGS} {SPELLINGS_LEARNED} {TWO},shuffled",
+        "spellings-by-hand": f"{SPELLINGS} {SPELLINGS_BY_HAND} {TWO}",
+        "spellings-20000": f"{SPELLINGS} {SPELLINGS_LEARNED} {TWO} --train_tokens=20000",
+        "spellings-20000-by-hand": f"{SPELLINGS} {SPELLINGS_BY_HAND} {TWO} --train_tokens=20000",
+        "untrained": f"--meta_steps=400 {TWO}",
+        "by-hand": f"--meta_steps=400 --kappa=7 {TWO}",
+        "next": f"--val_chunks=next {TWO}",
+        "similar": f"--val_chunks=similar {TWO}",
+        "steps-2": f"--inner_steps=2 {TWO}",
+        "steps-4": f"--inner_steps=4 {TWO}",
+        **{f"facts-{how}": f"{FACTS} --val_chunks={how}" for how in ("random", "next", "similar")},
+        "facts-by-hand": f"{FACTS} --meta_steps=400 --kappa=7",
+        "chunk-4-sharp": f"{CHUNKS} --kappa=7",
+        # chunks written alone, where own text may mean what the truth does in other words
+        "synonyms-chunk": f"{SYNONYMS} {OWN} {LEARNED}",
+        "synonyms-chunk-by-hand": f"{SYNONYMS} {OWN} {BY_HAND}",
+        "synonyms-chunk-samples": f"{SYNONYMS} {OWN} {LEARNED} --samples=4",
+        "synonyms-chunk-long": f"{SYNONYMS} {OWN},self,ema {LEARNED} --train_tokens=0 --self_steps=2000 "
+                               "--eval_interval=100",
+    }, FIVE),
+    # Other forms of chunks, one seed each.
+    "3-forms": ("meta_gist.py", {
+        "chunk-4-samples": f"{CHUNKS} --samples=4",
+        "chunk-8": "--chunk=8 --arms=real,first,frozen",
+    }, (1,)),
+    # Chunks aligned by gists, where two texts say the same at different places.
+    "3-shift": ("meta_gist.py", {
+        "by-hand": f"{SHIFT} --chunk=8 --kappa=7 --arms=real,first,frozen,frozen_first,shuffled",
+    }, FIVE),
+}
+
+
+def jobs(study):
+    """(folder, command) of each run of a study, point by point: the first matter most."""
+    script, points, seeds = STUDIES[study]
+    for name, settings in points.items():
+        for seed in seeds:
+            folder = OUT / f"study-{study}" / name / str(seed)
+            words = settings.format(seed=seed, out=OUT).split()
+            command = [sys.executable, ROOT / script, f"--seed={seed}", f"--out_dir={folder}", *words]
+            if (folder / "ckpt.pt").exists():
+                command = [sys.executable, ROOT / script, f"--resume={folder}"]
+            yield folder, command
+
+
+def finished(folder):
+    return (folder / "summary.json").exists()
+
+
+def free(folder):
+    """Whether nothing left of an earlier study writes in the folder."""
+    if fcntl is None or not (folder / ".lock").exists():
+        return True
+    with open(folder / ".lock") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+    return True
+
+
+def waits_for(command):
+    """The folders of the unfinished runs that a run starts from."""
+    others = [str(word) for word in command if str(word).startswith(("--start=", "--critic_from="))]
+    return [folder for folder in (Path(word.split("=", 1)[1]) for word in others) if not finished(folder)]
+
+
+def launch(folder, command):
+    """Starts a run on one thread; what it prints goes to <seed>.txt beside its folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.txt", "a") as f:
+        one_thread = dict(os.environ, OMP_NUM_THREADS="1")
+        return subprocess.Popen(command, stdout=f, stderr=f, cwd=ROOT, env=one_thread)
+
+
+def run_all(todo):
+    """Runs (folder, command) pairs, AT_ONCE at a time; returns the folders whose run failed."""
+    began, total, running, failed = time.time(), len(todo), {}, []
+    try:
+        while todo or running:
+            todo = [job for job in todo if not finished(job[0])]
+            can = [(folder, command) for folder, command in todo if free(folder) and not waits_for(command)]
+            for folder, command in can[:AT_ONCE - len(running)]:
+                todo.remove((folder, command))
+                running[folder] = launch(folder, command)
+            if todo and not running and all(waits_for(command) for _, command in todo):
+                for folder, command in todo:  # a run that failed, or one of a study that has not been run
+                    first = waits_for(command)[0]
+                    print(f"{folder.relative_to(OUT)} needs {first.relative_to(OUT)} first", flush=True)
+                return [*failed, *(folder for folder, _ in todo)]
+            time.sleep(0.2)
+            for folder in [f for f, process in running.items() if process.poll() is not None]:
+                note = ""
+                if running.pop(folder).returncode:
+                    failed.append(folder)
+                    note = f"  FAILED, see {folder}.txt"
+                done = total - len(todo) - len(running)
+                left = (time.time() - began) / done * (total - done) / 60
+                print(f"{done}/{total}  {folder.relative_to(OUT)}{note}  {left:.0f} min left", flush=True)
+    finally:
+        for process in running.values():
+            process.terminate()
+            process.wait()
+    return failed
+
+
+def main():
+    words = [word for word in sys.argv[1:] if word != "--list"]
+    if not words or {"-h", "--help"} & set(words):
+        print(f"{__doc__.strip()}\n\nThe studies are {', '.join(STUDIES)}.")
+        raise SystemExit(0 if words else 2)
+    study, *more = words
+    if study not in STUDIES:
+        instead = nearest(study, STUDIES) or f"; the studies are {', '.join(STUDIES)}"
+        refuse(f"there is no study {study!r}{instead}")
+    if more:
+        refuse(f"{more[0]!r} is not --list; one study is run at a time")
+    signal.signal(signal.SIGTERM, lambda *a: sys.exit(143))  # so that the runs under way are stopped too
+    if "--list" in sys.argv:
+        for folder, _ in jobs(study):
+            print(folder.relative_to(OUT), "done" if finished(folder) else "")
+    elif run_all([job for job in jobs(study) if not finished(job[0])]):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
