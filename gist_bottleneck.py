@@ -18,14 +18,17 @@ through its gists alone, so what they need of it must pass through; full and non
 Self phase: after every true prefix the learner p has its own tokens v, the likeliest; the critic reads each,
 and the true token x, in that prefix, and gives their gists. With d the distance of two gists:
 
-    K(v, w) = softmax_w(−d²(v, w) / τ)
-    praise    −Σ_v a(v) log p_v,  a(v) = K(x, v) − Σ_w p_w K(w, v), held fixed    zero at the truth, in mean
-    energy    E d(y, x) − ½ E d(y, y′)                                            proper, and weak
-    plain     E d(y, x)                                    lowest on the most typical text: it destroys
+    K(v, w) = softmax_w(−d²(v, w) / τ)    over own tokens; K(x, ·): the row of the one whose gist is x's
+    praise    −Σ_v a(v) log p_v,  a(v) = K(x, v) − Σ_w p_w K(w, v), held fixed     zero at the truth, in mean
+    energy    E d(y, x) − ½ E d(y, y′)                                             proper, and weak
+    plain     E d(y, x)                                     lowest on the most typical text: it destroys
 
-No gradient reaches the gist of the truth. "None of these" is an outcome of its own. Spans of several own
-tokens are sampled, and learned from by the score function. In the arm forecast what the critic expects after
-a span stands for its gist: alike is what has the same future. In the arm random random numbers do.
+If no own token has the gist of x, the truth is "none of these", an outcome of its own. Spans of several own
+tokens are sampled, and learned from by the score function.
+
+An arm is one self phase. real: cross entropy. frozen, self, ema: the critic is the learner of the end of the
+meta phase, of now, or its moving average. shuffled, sharpen: as frozen, but x is another text's, or what the
+learner is likeliest to say. forecast, random: what the critic expects next, or random numbers, for gists.
 """
 import copy
 
@@ -181,16 +184,11 @@ LOSS = dict(praise=praise_loss, energy=energy_loss, plain=plain_loss)  # logp, t
 
 
 def hear(phases, arm, learner, critic, space, lay, text, foreign, starts, step):
-    """What the critic makes of own spans beside the true ones: (own spans, log probabilities, d2, target,
-    agreement: how much of the target falls on the observation, where that is among own spans; logits).
-
-    text, foreign: int [B, T + 1]; in the arm shuffled the critic reads the foreign one as the observation, in
-    the arm sharpen what the learner itself is likeliest to say.
-    """
+    """(own spans, log probabilities, d2, target, agreement, logits): own spans beside those of the text, int
+    [B, T + 1]; in the arm shuffled of the foreign one. agreement: of target and truth, if among them."""
     x, truth = text[:, :-1], spans_at(text, starts, span)
     own, logp, logits = own_spans(phases, learner, lay, x, starts, step)
-    foreign = spans_at(foreign, starts, span)
-    seen = foreign if arm == "shuffled" else own[:, :, 0] if arm == "sharpen" else truth
+    seen = dict(sharpen=own[:, :, 0], shuffled=spans_at(foreign, starts, span)).get(arm, truth)
     with torch.no_grad():  # gists are data to the learner
         past = past_of(space, critic, lay, x)
         g = vectors(space, critic, lay, past, starts, torch.cat((own, seen.unsqueeze(2)), 2))
@@ -254,10 +252,8 @@ def second_order(learner, theta, critic, space, lay, text, outer_text, average):
 
 
 def train_critic(phases, learner, critic, space, lay):
-    """`order_steps` of second order on the critic; the gain of an inner step at their end, in nats.
-
-    Each goes on from where the one before led: a critic that sees one learner alone memorises one direction.
-    """
+    """`order_steps` of second order on the critic, each where the one before led: of one learner alone it
+    would memorise a direction. The gain of an inner step at their end, in nats."""
     gains, optimizer = [], torch.optim.Adam(critic.parameters(), CRITIC_RATE)
     critic.requires_grad_(True)
     for step in range(order_steps):
@@ -302,8 +298,7 @@ def ask(phases, learner, critic, space, lay):
     of its first row. target: of the critic's heaviest, None where that is none of the own spans."""
     texts = [phases.text(meta_steps + phases.step, stream) for stream in (TEXT, FOREIGN)]
     text, starts = texts[0], own_starts(texts[0].device)
-    heard = hear(phases, phases.arm, learner, critic, space, lay, *texts, starts, 0)
-    own, _, _, target, agreement, _ = heard
+    own, _, _, target, agreement, _ = hear(phases, phases.arm, learner, critic, space, lay, *texts, starts, 0)
     said = own[0, ..., 0].tolist()
     named = [(spans + [None])[heaviest] for spans, heaviest in zip(said, target[0].argmax(-1).tolist())]
     return [spans[0] for spans in said], text[0, starts].tolist(), named, agreement
@@ -327,7 +322,7 @@ def check():
     refuse_if(order not in (1, 2), f"order={order} must be 1 (the bottleneck alone) or 2 (and second order)")
     refuse_if(order == 2 and not order_steps, f"order_steps={order_steps} must be above 0 with order=2")
     refuse_if(order == 2 and "forecast" in names, "order=2 trains no forecast: leave out the arm 'forecast'")
-    refuse_if(span > 1 and (order == 2 or "sharpen" in names), f"span={span} must be 1 with order=2 or sharpen")
+    refuse_if(span > 1 and (order == 2 or "sharpen" in names), f"span={span} must be 1 for order=2, sharpen")
     refuse_if("forecast" in names and vocab > LARGEST_FORECAST,
               f"vocab={vocab} must be at most {LARGEST_FORECAST} for the arm 'forecast'")
     refuse_if(critic_from and {"self", "ema"} & set(names),
@@ -351,7 +346,8 @@ def set_up(run, corpus, masks, lay):
         alike = dict(vocab=vocab, chunk=chunk, n_gist=n_gist)
         theirs = read_bottleneck(critic_from, run.device, corpus_id(corpus), **alike)
     sizes = {k: theirs[k] for k in ("n_layer", "n_head", "n_embd")}  # of the critic
-    new = lambda *sizes: GPT(GPTConfig(vocab, n_gist + 1, *sizes)).to(run.device, run.weight_dtype)
+    n_special = n_gist + 1  # one row more than is used: the weights of earlier runs fit
+    new = lambda *sizes: GPT(GPTConfig(vocab, n_special, *sizes)).to(run.device, run.weight_dtype)
     for how in masks:
         torch.manual_seed(seed)
         models[how] = new(n_layer, n_head, n_embd)
@@ -376,8 +372,8 @@ def set_up(run, corpus, masks, lay):
 
 def space_of(phases):
     """What stands for a span in the arm."""
-    kind = phases.arm if phases.arm in ("forecast", "random") else "gist"
-    return Space("gist") if phases.arm == "meta" else Space(**phases.kept["spaces"][kind])
+    spaces = phases.kept["spaces"]
+    return Space(**spaces.get(phases.arm, spaces["gist"])) if spaces else Space("gist")
 
 
 def begin_arms(phases, learner, critic, theirs, lay):
@@ -390,9 +386,8 @@ def begin_arms(phases, learner, critic, theirs, lay):
         own, _, _ = own_spans(phases, learner, lay, x, starts, 0)
     rng = np.random.default_rng([seed, TABLE])
     spaces, rank = make_spaces(critic, lay, x, starts, own, rng, phases.run.average)
-    directions = spaces["gist"].whiten.size(1)
-    phases.run.say(f"the gists keep {directions} directions, whitened; before that they fill {rank:.1f}")
-    kept["found"]["directions"] = directions
+    kept["found"]["directions"] = directions = spaces["gist"].whiten.size(1)
+    phases.run.say(f"the gists keep {directions} directions; before whitening they fill {rank:.1f}")
     if order == 2:
         kept["found"]["gain"] = train_critic(phases, learner, critic, spaces["gist"], lay)
     kept.update(sizes=dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd), watches={},

@@ -296,12 +296,19 @@ def write_chunks(learner, theta, x, chunk, u):
     return y.view(B, R, -1, chunk - 1)
 
 
-def say_chunks(learner, theta, x, y, **options):
-    """The learner at every place: (log p after own prefixes [B, R, n, k, V] and after true ones [B, n, k, V],
-    its last hidden states after own prefixes [B, R, n, k, C] and after true ones [B, n, k, C]).
+class Said(NamedTuple):
+    """The learner at every place of own and of true chunks; a gist is its last hidden state there."""
+    logp: torch.Tensor        # float [B, R, n, k, V], log probabilities after own prefixes
+    logp_true: torch.Tensor   # float [B, n, k, V], after true ones
+    gists: torch.Tensor       # float [B, R, n, k, C]
+    gists_true: torch.Tensor  # float [B, n, k, C]
 
-    One pass over the true tokens x, int [B, T], and behind them the own ones, y of `write_chunks`. The first
-    place of a chunk follows the true prefix in both. options: of the forward pass.
+
+def say_chunks(learner, theta, x, y, **options):
+    """The Said of own chunks y, see `write_chunks`, beside the true text x, int [B, T].
+
+    One pass over the true tokens and behind them the own ones. The first place of a chunk follows the true
+    prefix in both. theta: the learner's weights by name. options: of the forward pass.
     """
     (B, R, n, short), T = y.shape, x.size(1)
     packed = torch.cat((x.repeat_interleave(R, 0), y.flatten(0, 1).flatten(1)), 1)
@@ -314,9 +321,9 @@ def say_chunks(learner, theta, x, y, **options):
     true, own = h.view(B, R, len(pos), -1).split((T, len(pos) - T), 2)
     true, own = true.unflatten(2, (n, chunk)), own.unflatten(2, (n, short))
     speak = lambda states: (states @ theta["head.weight"].T).log_softmax(-1)
-    after_truth = speak(true[:, 0])
-    after_own = torch.cat((after_truth[:, None, :, :1].expand(-1, R, -1, -1, -1), speak(own)), 3)
-    return after_own, after_truth, torch.cat((true[..., :1, :], own), 3), true[:, 0]
+    logp_true = speak(true[:, 0])
+    logp = torch.cat((logp_true[:, None, :, :1].expand(-1, R, -1, -1, -1), speak(own)), 3)
+    return Said(logp, logp_true, torch.cat((true[..., :1, :], own), 3), true[:, 0])
 
 
 # ---- which texts are near

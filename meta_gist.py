@@ -21,13 +21,14 @@ writes alone, and gists align it with the truth, the learner's own last hidden s
 Where what it has written means what the truth says at some place of the chunk, it is taught what the truth
 says next there; elsewhere nothing. w_ji never sees x_i, so A is zero at the truth, on average.
 
-An arm is one self phase: θ moves by g alone. Its critic is φ as the meta phase left it (frozen), or moved as
-far as the learner has since, at once (self) or by a moving average (ema). The arms first and frozen_first are
-real and frozen on the first token of each chunk alone: chunks are worth what is learned beyond them.
+An arm is one self phase. real: θ learns from the true tokens. frozen, self, ema: from the signal of φ as the
+meta phase left it, moved as far as the learner has since, or by a moving average of that. shuffled, sharpen:
+as frozen, but the observation x is another text's, or what the learner says itself. first, frozen_first: as
+real and frozen, at the first token of each chunk alone: a chunk is worth what is learned beyond it. Gold is
+held-out cross entropy, by which arms are compared.
 """
 import copy
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ from torch.func import functional_call, grad, grad_and_value, jvp, vjp
 
 from configurator import chosen, refuse_if
 from equations import add, by_name, dot, inner_step, praise, pull_back
-from gists import PIECE, make_index, nearest, say_chunks, write_chunks
+from gists import PIECE, Said, make_index, nearest, say_chunks, write_chunks
 from model import GPT, GPTConfig, adamw, sample_tokens
 from phases import REAL, Phases, read_corpus
 from prepare_data import batch_starts, val_windows, windows
@@ -105,22 +106,14 @@ INDEX_EVERY = 100        # meta steps after which the index of texts is made ane
 
 # ---- what the learner says, and what the critic makes of it. Of T places, n chunks of k = chunk: T = n k
 
-class Critic(nn.Module):
-    """φ: embeddings E [V, C] and log κ."""
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(vocab, n_embd)
-        self.log_kappa = nn.Parameter(torch.tensor(math.log(kappa)))
-
-
 def kernel(phi):
     """T(v | x) = softmax_v κ cos(E_v, E_x): [V, V], a row for each x."""
-    unit = F.normalize(phi["embed.weight"], dim=-1)
+    unit = F.normalize(phi["E"], dim=-1)
     return (phi["log_kappa"].exp() * unit @ unit.T).softmax(-1)
 
 
 def match(own, true):
-    """w_ji [B, R, n, k, k], over that of two gists that are one."""
+    """w_ji [B, R, n, k, k], divided by that of two gists that are the same, so that chunk = 1 is A = r."""
     cos = F.normalize(own, dim=-1) @ F.normalize(true, dim=-1)[:, None].transpose(-2, -1)
     return (KAPPA_A * (cos - NU)).sigmoid() * (1 + math.exp(-KAPPA_A * (1 - NU)))
 
@@ -128,17 +121,17 @@ def match(own, true):
 def signal(phi, seen, said):
     """A(v), praise and blame for each token that the learner might say: [B, R, n, k, V].
 
-    seen: the observation, int [B, T]. said: see `say_chunks`.
+    seen: the observation, int [B, T]. said: a gists.Said.
     """
-    (_, after_truth, own, true), table = said, kernel(phi)
-    r = praise(table[seen].view_as(after_truth), after_truth.exp(), table)[:, None]
-    return r if chunk == 1 else match(own, true) @ r
+    table = kernel(phi)
+    r = praise(table[seen].view_as(said.logp_true), said.logp_true.exp(), table)[:, None]
+    return r if chunk == 1 else match(said.gists, said.gists_true) @ r
 
 
 # ---- second order: see equations.py for θ′, w and what is averaged over ranks; theta, phi: dicts by name
 
 def inner_loss(a, logp):
-    """L = −Σ_v A(v) log p_θ(v), nats, mean over own places."""
+    """L = −Σ_v A(v) log p_θ(v), nats, mean over own places; `mixed_product` needs it linear in log p."""
     return -(a * logp).sum(-1).mean()
 
 
@@ -154,15 +147,13 @@ def real_gradient(learner, theta, text, every=1):
 
 
 def signal_gradient(learner, theta, phi, text, seen, y, places):
-    """(∇_θ L on this rank, (L, (log p after true prefixes [B, T, V], tokens praised most [B, R, T]))).
-
-    seen: the observation, int [B, T]. y: see `write_chunks`. places: a slice of each own chunk, that L is of.
-    """
+    """(∇_θ L on this rank, (L, (log p after true prefixes [B, T, V], tokens praised most [B, R, T]))), L of
+    `places`, a slice of each own chunk. seen: the observation, int [B, T]. y: see `write_chunks`."""
     def loss(th):
         said = say_chunks(learner, th, text[:, :-1], y)
-        a = signal(phi, seen, tuple(t.detach() for t in said))  # held fixed: no praise is sought
-        heard = said[1].detach().flatten(1, 2), a.argmax(-1).flatten(2)
-        return inner_loss(a[..., places, :], said[0][..., places, :]), heard
+        a = signal(phi, seen, Said(*(t.detach() for t in said)))  # held fixed: no praise is sought
+        heard = said.logp_true.detach().flatten(1, 2), a.argmax(-1).flatten(2)
+        return inner_loss(a[..., places, :], said.logp[..., places, :]), heard
     return grad_and_value(loss, has_aux=True)(theta)
 
 
@@ -174,24 +165,24 @@ def inner_gradient(learner, theta, phi, text, seen, u, average, places=slice(Non
     return y, g, heard
 
 
-def mixed_product(learner, theta, phi, text, y, w, by_theta):
-    """∂ ⟨∇_θ L(θ, φ), w⟩ by θ (None unless by_theta) and by φ, each by name.
+def mixed_product(learner, theta, phi, text, y, w, earlier):
+    """∂ ⟨∇_θ L(θ, φ), w⟩ by θ (None unless there are earlier steps) and by φ, each by name.
 
     ⟨∇_θ L, w⟩ = −Σ_v A(v) ℓ̇(v), with ℓ = log p of the own text and ℓ̇ how it moves along w. By φ it is the
     derivative of A alone. By θ it is that of ℓ̇, and of A, for the critic reads what is said.
     """
     def along(th):
         said, moves = jvp(lambda at: say_chunks(learner, at, text[:, :-1], y, fused=False), (th,), (w,))
-        return said, moves[0]
+        return said, moves.logp
 
-    def heard(said, ph):
+    def product(said, ph):
         a = signal(ph, text[:, 1:], said)
         return inner_loss(a, moves), a
-    if not by_theta:
+    if not earlier:
         said, moves = along(theta)
-        return None, grad(heard, 1, has_aux=True)(said, phi)[0]
+        return None, grad(product, 1, has_aux=True)(said, phi)[0]
     (said, moves), pull = vjp(along, theta)
-    (by_said, by_phi), a = grad(heard, (0, 1), has_aux=True)(said, phi)
+    (by_said, by_phi), a = grad(product, (0, 1), has_aux=True)(said, phi)
     return pull((by_said, -a * vocab / a.numel()))[0], by_phi
 
 
@@ -212,7 +203,7 @@ def meta_step(learner, theta, phi, texts, chances, outer, average):
     dphi = {n: torch.zeros_like(p) for n, p in phi.items()}
     for k, (before, g, text, y) in reversed(list(enumerate(trail))):
         w = pull_back(g, lam, inner_length)
-        by_theta, by_phi = mixed_product(learner, before, phi, text, y, w, by_theta=k > 0)
+        by_theta, by_phi = mixed_product(learner, before, phi, text, y, w, earlier=k > 0)
         average([*by_phi.values(), *(by_theta or {}).values()])
         dphi = add(dphi, by_phi)                                               # dφ += ∂_φ ⟨∇_θ L(θ_k, φ), w⟩
         lam = add(lam, by_theta) if by_theta else lam                          # λ  += ∂_θ ⟨∇_θ L(θ_k, φ), w⟩
@@ -276,35 +267,34 @@ def signal_step(phases, arm, text, step):
 def critic_step(phases, at, pool):
     """Meta step number `at`, at the learner of the pool whose turn it is; then that one steps, as arms do.
 
-    A critic trained at one learner that never moves memorises one good direction; trained only where real
-    steps lead, it does not know where its own signal leads. kept["pool"]: of each {"learner", "optimizer",
-    "age", "best"}, empty where it starts anew from the pretrained one. pool: what is made again rather than
-    saved: a learner and an optimizer to hold the one of the turn, and the index.
+    A critic trained at one learner that never moves memorises one direction; trained only where real steps
+    lead, it does not know where its own signal leads. kept["pool"]: of each learner, optimizer, age, best;
+    empty where it starts anew from the pretrained one. pool: what holds the one of the turn, and the index.
     """
     run, parts, kept, turn = phases.run, phases.parts, phases.kept, at % POOL
     learner, critic, member = parts["learner"], parts["critic"], kept["pool"][turn]
     if not member:
         state = copy.deepcopy(parts["optimizer"].state_dict())
         member.update(learner=learner.state_dict(), optimizer=state, age=0, best=math.inf)
-    pool.learner.load_state_dict(member["learner"])
-    pool.optimizer.load_state_dict(member["optimizer"])
-    if val_chunks == "similar" and at % INDEX_EVERY == 0:
-        kept["index_from"], pool.index = critic.embed.weight.detach().clone(), None
-    if val_chunks == "similar" and pool.index is None:
-        pool.index = make_index(phases.corpus.train, kept["index_from"])
-    texts, theta, phi = meta_texts(phases, at, pool.index), by_name(pool.learner), by_name(critic)
-    dphi, judged, (g, (loss, (logp, told))) = meta_step(learner, theta, phi, *texts, run.average)
-    texts = texts[0]
+    pool["learner"].load_state_dict(member["learner"])
+    pool["optimizer"].load_state_dict(member["optimizer"])
+    if at % INDEX_EVERY == 0:
+        kept["index_from"], pool["index"] = critic["E"].detach().clone(), None
+    if val_chunks == "similar" and pool["index"] is None:
+        pool["index"] = make_index(phases.corpus.train, kept["index_from"])
+    batch, theta, phi = meta_texts(phases, at, pool["index"]), by_name(pool["learner"]), by_name(critic)
+    dphi, judged, (g, (loss, (logp, told))) = meta_step(learner, theta, phi, *batch, run.average)
+    texts, _, _ = batch
     note(phases.tally, loss, logp, texts[0][:, 1:], told)
     phases.take_step(critic, parts["critic_optimizer"], dphi)
     if turn >= POOL // 2:
         g, _ = real_gradient(learner, theta, texts[0])
         run.average(list(g.values()))
-    phases.take_step(pool.learner, pool.optimizer, g, noted=False)
+    phases.take_step(pool["learner"], pool["optimizer"], g, noted=False)
     judged = run.mean(judged)
-    member.update(learner=copy.deepcopy(pool.learner.state_dict()), optimizer=pool.optimizer.state_dict(),
-                  age=member["age"] + 1, best=min(member["best"], judged))
-    if member["age"] >= pool_steps or judged > member["best"] + 2 * hack_margin:
+    member.update(learner=copy.deepcopy(pool["learner"].state_dict()), age=member["age"] + 1,
+                  optimizer=pool["optimizer"].state_dict(), best=min(member["best"], judged))
+    if member["age"] >= pool_steps or judged > member["best"] + 2 * hack_margin:  # old, or hacked
         kept["restarts"] += member["age"] < pool_steps
         member.clear()
 
@@ -313,19 +303,19 @@ def critic_step(phases, at, pool):
 def follow(phases, decay):
     """The critic of self and ema is the learner plus what the meta phase made it differ by: E moves as far as
     the learner's embeddings have since the snapshot, at once (decay 0) or by 1 − decay of the way a step."""
-    then, E = phases.snapshot, phases.parts["critic"].embed.weight
-    moved = phases.parts["learner"].embed.weight[:vocab] - then["learner"]["embed.weight"][:vocab]
-    E.lerp_(then["critic"]["embed.weight"] + moved, 1 - decay)
+    then, now = phases.snapshot, phases.parts["learner"].embed.weight
+    moved = (now - then["learner"]["embed.weight"])[:vocab]
+    phases.parts["critic"]["E"].lerp_(then["critic"]["E"] + moved, 1 - decay)
 
 
 # ---- what the log and the reports show
 
 def measure(phases, theta, at):
-    """One inner step on held-out text, of outer_batch texts: the signal is to be seen, not a batch's noise.
+    """One inner step from theta on held-out text, of outer_batch texts: not a batch's noise is to be seen.
 
-    gain: nats a token that it takes off other held-out text; gain_shuffled: with another text's observation;
-    gain_real: with real targets; all equally long. cosine_real: of the signal's gradient with the real one;
-    cos_bb, cos_bb_real: of each with its like on other text: a memorised direction shows in it.
+    gain: nats a token that it takes off other held-out text; gain_shuffled, gain_real: with another text's
+    observation, with real targets; all equally long. cosine_real: of the signal's gradient with the real one;
+    cos_bb, cos_bb_real: of each between two batches: a memorised direction shows in it.
     """
     learner, phi, average = phases.parts["learner"], by_name(phases.parts["critic"]), phases.run.average
     text, again, foreign, other = (phases.text(at, MEASURE + k, outer_batch, split="val") for k in range(4))
@@ -344,13 +334,13 @@ def measure(phases, theta, at):
 
 
 def examine(phases):
-    """{agreement_probe: share of held-out tokens that the critic praises most, were the learner sure of other
-    ones; kappa}, and in the critic's part of the meta phase what `measure` finds."""
+    """{agreement_probe: share of held-out tokens praised most if the learner is sure of random ones; kappa},
+    and in the critic's part of the meta phase what `measure` finds."""
     critic, kept, where = phases.parts["critic"], phases.kept, phases.run.device
     obs, table = val_windows(phases.corpus.val, 4, block_size + 1)[:, 1:].to(where), kernel(by_name(critic))
     own = np.random.default_rng([seed, PROBE]).integers(0, vocab, tuple(obs.shape))
     told = (table[obs] - table[torch.from_numpy(own).to(where)]).argmax(-1)
-    found = dict(agreement_probe=(told == obs).float().mean().item(), kappa=critic.log_kappa.exp().item())
+    found = dict(agreement_probe=(told == obs).float().mean().item(), kappa=critic["log_kappa"].exp().item())
     if phases.arm == "meta" and phases.step >= pretrain:
         at = phases.step - pretrain
         theta = kept["pool"][at % POOL].get("learner") or by_name(phases.parts["learner"])
@@ -362,21 +352,13 @@ def examine(phases):
 
 @torch.no_grad()
 def ask(phases, learner, critic, step):
-    """(own, observed, praised tokens of the first row; agreement) on a step's text, as the arm reads it."""
+    """(own, true and praised tokens of a step's first row; agreement of the last two), read as in the arm."""
     text, u, theta = phases.text(step), chance(phases, step), by_name(learner)
     seen = observed(phases, phases.arm, learner, text, step, u)
     said = say_chunks(learner, theta, text[:, :-1], write_chunks(learner, theta, text[:, :-1], chunk, u))
     told, obs = signal(by_name(critic), seen, said).argmax(-1).flatten(2), text[:, 1:]
-    own = said[1].argmax(-1).flatten(1)
+    own = said.logp_true.argmax(-1).flatten(1)
     return own[0].tolist(), obs[0].tolist(), told[0, 0].tolist(), (told == obs[:, None]).float().mean()
-
-
-def judge_again(phases, streams):
-    """The streams [pretrain, 3], agreement, the second, as the critic has it in the end, on late texts."""
-    for step in range(max(0, len(streams) - MEMORY), len(streams)):
-        *_, agreement = ask(phases, phases.parts["learner"], phases.parts["critic"], step)
-        streams[step, 1] = phases.run.mean(agreement)
-    return streams.cpu().numpy()
 
 
 # ---- the run
@@ -411,10 +393,11 @@ def main():
     corpus = read_corpus(run, block_size * (1 + (outer_batch // batch_size if val_chunks == "next" else 0)))
     torch.manual_seed(seed)
     learner = GPT(GPTConfig(vocab, 1, n_layer, n_head, n_embd)).to(run.device, run.weight_dtype)
-    critic, mover = Critic().to(run.device, run.weight_dtype), copy.deepcopy(learner)
-    optimizers = dict(optimizer=adamw(learner, learning_rate), critic_optimizer=torch.optim.Adam(
-        [{"params": [critic.embed.weight]}, {"params": [critic.log_kappa]}]))
-    pool = SimpleNamespace(learner=mover, optimizer=adamw(mover, learning_rate), index=None)
+    critic = nn.ParameterDict(dict(E=torch.randn(vocab, n_embd), log_kappa=torch.tensor(math.log(kappa))))
+    critic, mover = critic.to(run.device, run.weight_dtype), copy.deepcopy(learner)
+    groups = [{"params": [critic["E"]]}, {"params": [critic["log_kappa"]]}]
+    optimizers = dict(optimizer=adamw(learner, learning_rate), critic_optimizer=torch.optim.Adam(groups))
+    pool = dict(learner=mover, optimizer=adamw(mover, learning_rate), index=None)
     kept = dict(pool=[{} for _ in range(POOL)], restarts=0, found=[], index_from=None)
     phases = Phases(run, corpus, dict(learner=learner, critic=critic, **optimizers), kept, read=learner,
                     rate=rate, judge=lambda: critic, examine=lambda: examine(phases),
@@ -435,7 +418,9 @@ def main():
                     group["lr"] = top * left / (meta_steps - pretrain)
                 critic_step(phases, step - pretrain, pool)
     if phases.snapshot is None:
-        streams, probe = judge_again(phases, phases.at["streams"][:pretrain]), phases.row["agreement_probe"]
+        streams, probe = phases.at["streams"][:pretrain].cpu(), phases.row["agreement_probe"]
+        for step in range(max(0, len(streams) - MEMORY), len(streams)):  # agreement: as the critic has it now
+            streams[step, 1] = run.mean(ask(phases, learner, critic, step)[-1])
         phases.watch.calibrate(streams, batch_size * block_size, probe, 4 * block_size)
         phases.kept["pool"] = []
         phases.take_snapshot()

@@ -14,7 +14,14 @@ and its distribution q at each LOSS names the token that the learner should have
     meta phase   CE(p, x) + CE(q, obs)      real tokens are targets: the critic learns to judge
     self phase   CE(p, argmax q)            the critic's tokens are targets: no real token is
 
-An arm is one self phase. All start from the same snapshot of weights and optimizer, and see the same data.
+The critic still reads real tokens, and could copy them: the question is how long that lasts. An arm is one
+self phase; all start from the same weights and optimizer, and see the same data:
+
+    real                 true tokens as targets: the ceiling, and the control of every hack
+    frozen, self, ema    the critic is the learner at the end of the meta phase, now, or its moving average
+    shuffled, sharpen    as frozen, but it reads another text's observation, or the own output in its place
+
+Gold is cross entropy on held-out text, by which arms are compared; a hack is when it rises, see watch.py.
 """
 import copy
 
@@ -37,7 +44,7 @@ meta_steps = 500        # steps with real targets, in which the critic learns to
 self_steps = 600        # steps of each arm, with the critic's targets
 target = "argmax"       # "argmax" | "soft": the critic's likeliest token, or its whole distribution
 order = 1               # 1: the critic learns by imitation; 2: also by how much a step on its targets helps
-inner_length = 0.05     # order 2: length of the inner step, in the norm of all weights
+inner_length = 0.05     # order 2: length of the inner step, the norm over all weights
 hack_margin = 0.1       # nats above the best gold, three evaluations running, that count as hacked
 # --- levers of the meta phase
 adversarial = 0.0       # share of the learner's output that the critic reads replaced
@@ -79,7 +86,7 @@ ARMS = ("real", "self", "frozen", "ema", "shuffled", "sharpen")
 SELF_PHASE = ("target", "self_rate", "keep_meta", "rescue_steps")
 # Independent streams of data and of random numbers.
 TEXT, FOREIGN, CHANCE, OUTER, KEPT, PROBE, ADVERSARY, RESCUE = range(8)
-SECOND_ORDER = 10.0  # weight of the second-order update beside the first-order gradient
+ORDER_2 = 10.0  # weight of the second-order update beside the first-order gradient
 
 
 # ---- the signal
@@ -195,9 +202,10 @@ def mixed_product(learner, theta, phi, x, teacher, w):
 
 
 def second_order(learner, critic, text, own, outer_text, average):
-    """How the critic should have moved the learner's step: (dφ by name, gain of the step in nats).
+    """How the critic should have moved the learner's step: (dφ = ∂O(θ′)/∂φ by name, gain of the step, nats).
 
-    dφ is linear in what each rank sees and is averaged with the other gradients.
+    θ′ = θ − a u is one step on the critic's distribution, O the cross entropy of other text. dφ is linear in
+    what each rank sees and is averaged with the other gradients.
     """
     x, obs = text[:, :-1], text[:, 1:]
     theta = {n: p.detach() for n, p in learner.named_parameters()}
@@ -217,10 +225,11 @@ def second_order(learner, critic, text, own, outer_text, average):
 
 # ---- the rescue
 
-def keep_good(phases):
-    """Keeps the weights that a rescue goes back to."""
+def keep_good(phases, step):
+    """Keeps the weights that a rescue goes back to, unless the watch is on its way to an alarm."""
     parts = ("learner", "optimizer", "watch")
-    phases.kept["good"] = copy.deepcopy({name: phases.parts[name].state_dict() for name in parts})
+    if step == 0 or phases.watch.settled():
+        phases.kept["good"] = copy.deepcopy({name: phases.parts[name].state_dict() for name in parts})
 
 
 def rescue(phases, step):
@@ -283,8 +292,8 @@ def check():
     """The arms by name. Refuses settings that cannot be."""
     refuse_if(order not in (1, 2), f"order={order} must be 1 (imitation) or 2 (imitation and second order)")
     refuse_if(adversarial > 1, f"adversarial={adversarial} must be at most 1: it is a share")
-    refuse_if(rescue_steps and meta_steps < 100, f"rescue_steps={rescue_steps} waits for an alarm of the watch, "
-              f"which needs meta_steps of 100 or more, not {meta_steps}")
+    refuse_if(rescue_steps and meta_steps < 100, f"rescue_steps={rescue_steps} waits for the watch's alarm, "
+              f"which needs 100 meta_steps or more, not {meta_steps}")
     return chosen("arms", arms, ARMS)
 
 
@@ -303,7 +312,7 @@ def main():
     learner = GPT(GPTConfig(vocab, 1, n_layer, n_head, n_embd)).to(run.device, run.weight_dtype)
     critic, optimizer = copy.deepcopy(learner), adamw(learner, learning_rate)
     probe = stored_probe(run, corpus)
-    judge = lambda: learner if phases.arm in ("meta", "start", "real", "self") else critic
+    judge = lambda: learner if phases.arm in ("meta", "real", "self") else critic  # who is the critic now
     phases = Phases(run, corpus, dict(learner=learner, critic=critic, optimizer=optimizer), dict(good=None),
                     read=learner, rate=rate, judge=judge, examine=lambda: examine(run, judge(), probe),
                     ask=lambda *who: ask(phases, *who))
@@ -320,7 +329,7 @@ def main():
             if order == 2 and step >= warmup:  # before it both roles are noise
                 dphi, gain = second_order(learner, learner, text, own, phases.text(step, OUTER), run.average)
                 for name, p in learner.named_parameters():
-                    p.grad += SECOND_ORDER * dphi[name]
+                    p.grad += ORDER_2 * dphi[name]
                 phases.tally["gain"] = phases.tally.get("gain", 0) + gain
         phases.take_step(learner, optimizer)
     if phases.snapshot is None:
@@ -333,10 +342,7 @@ def main():
     for arm in phases.arms(names):
         for step in phases.steps(self_steps):
             if rescue_steps and arm != "real" and step % eval_interval == 0:
-                if phases.alarms:
-                    rescue(phases, step)
-                elif step == 0 or phases.watch.settled():
-                    keep_good(phases)
+                rescue(phases, step) if phases.alarms else keep_good(phases, step)
             text = phases.text(meta_steps + step)
             seen = phases.text(meta_steps + step, FOREIGN) if arm == "shuffled" else text
             with run.autocast():

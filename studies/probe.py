@@ -1,17 +1,17 @@
 """
-What learning from gists changes in a learner, and what its gists know.
+What a run's networks know, and what learning from a signal changed in the learner. Tables, markdown.
 
-    python probe.py out/gist_bottleneck                 # one run
-    python probe.py out/study-2/base/?                  # several seeds: means and 95 % intervals
-    python probe.py out/study-2-meaning/critic/?        # on text full of synonyms: who knows them
+    python studies/probe.py out/gist_bottleneck             # one run
+    python studies/probe.py out/study-2-meaning/critic/?    # several seeds: means and 95 % intervals
 
-Tables, markdown:
-1. Where tokens have synonyms, what share of a token's nearest they are, by gists, forecasts and embeddings.
-2. On the plays, where cross entropy fell, by quintile of a reference model's entropy and by class of token, in the arms
-   `frozen`, `forecast` and `random` and in training on real tokens *at equal total gain*: real training is gone through
-   until it has gained as much.
-3. On the plays, how well a linear map reads play, speaker and place in the line off a chunk's gists, beside a bag of its
-   tokens.
+Stage 2, where tokens have synonyms: what share of a token's nearest they are, by gists, forecasts and
+embeddings. On the plays: where cross entropy fell, by quintile of a reference model's entropy and by class of
+token, in the arms frozen, forecast and random and in training on real tokens at equal total gain: real
+training is gone through until it has gained as much; and how well a linear map reads play, speaker and place
+in the line off a chunk's gists, beside a bag of its tokens.
+
+Stage 3, where tokens have synonyms: the precision of the critic's embeddings. On planted-facts: how many of
+the questions each arm's learner answers.
 """
 import re
 import sys
@@ -21,76 +21,168 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import gist_bottleneck as gb
-from configurator import read_checkpoint, refuse
-from model import GPT, GPTConfig, adamw
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules
+from configurator import refuse
+from gists import Space, layout, past_of, read, squared_distances, starts_of, vectors, whitening
+from model import adamw
+from planted import planted_answers, true_classes
 from plot import interval
-from prepare_data import corpus_id, decode, get_batch, open_corpus, val_windows
+from prepare_data import decode, get_batch, val_windows, windows
+from run import read_end
+from sample import model_of, read_run
 
-WINDOWS = 256
-FUNCTION_WORDS = frozenset("""the and to of i you a my in that is not me it with for be his your this but he have as thou
-him so will what her thy all by do no shall if are we thee our on at or from was they she o who an them their""".split())
+WINDOWS = 256       # held-out texts on which cross entropy is compared
+KNOWN = 400_000     # tokens of the training text whose chunks are read
+QUESTIONS = 512     # of planted-facts, at most
+FUNCTION_WORDS = frozenset("""the and to of i you a my in that is not me it with for be his your this but he have
+as thou him so will what her thy all by do no shall if are we thee our on at or from was they she o who an them
+their""".split())
 CLASSES = ("function words", "other words", "names", "punctuation", "spaces", "line breaks")
 
 
 def set_up(folder):
-    """(checkpoint, corpus, layout) of a finished run, whose settings become those of gist_bottleneck."""
-    state = read_checkpoint(folder, "gist_bottleneck")
-    if state["arm"] != "done":
-        refuse(f"{folder} is not finished; go on with it by python gist_bottleneck.py --resume={folder}")
-    for name, value in state["config"].items():
-        setattr(gb, name, value)
-    corpus = open_corpus(gb.dataset, gb.vocab)
-    if corpus_id(corpus) != state["corpus"]:
-        refuse(f"{corpus.folder} holds another corpus or tokenizer than the one of {folder}")
-    return state, corpus, gb.layout(gb.block_size, torch.device("cpu"))
+    """(checkpoint, corpus, layout or None) of a run of stage 2 or 3."""
+    state, corpus = read_run(folder)
+    c = state["config"]
+    if state["stage"] == "gist_bottleneck":
+        return state, corpus, layout(c["block_size"], c["chunk"], c["n_gist"], c["vocab"], "cpu")
+    if state["stage"] != "meta_gist":
+        refuse(f"{folder} is a run of {state['stage']}.py; only those of gist_bottleneck.py and meta_gist.py are "
+               "probed")
+    return state, corpus, None
 
 
-def model_of(weights):
-    model = GPT(GPTConfig(gb.vocab, gb.n_gist + 1, gb.n_layer, gb.n_head, gb.n_embd))
-    model.load_state_dict(weights)
-    return model
+def learner_of(state):
+    """The learner at the end of the meta phase."""
+    return model_of(state["config"], state["snapshot"]["learner"])
 
 
-# ----------------------------------------------------------------------------------------------
-# where cross entropy fell
+def train_tokens_of(state, corpus):
+    return corpus.train[:state["config"]["train_tokens"] or None]
+
+
+# ---- classes that are known
 
 @torch.no_grad()
-def token_nats(model, lay, windows, how="gist"):
+def alike(folder, texts=4):
+    """{kind of gist: share of a token's m − 1 nearest that are its synonyms}, where each meaning has m tokens.
+
+    All tokens are read after each prefix of held-out text by the run's own model, and compared as its arms
+    do.
+    """
+    state, corpus, lay = set_up(folder)
+    c, m, model, found = state["config"], corpus.encoding.spellings, learner_of(state), {}
+    classes, tokens = torch.from_numpy(true_classes(corpus)), torch.arange(c["vocab"])
+    x, starts = val_windows(corpus.val, texts, c["block_size"]), starts_of(c["block_size"], c["chunk"], 1, "cpu")
+    spans = tokens.expand(texts, len(starts), -1)[..., None]
+    table = F.normalize(model.embed.weight[:c["vocab"]], dim=-1)
+    for kind, space in dict(gists=Space("gist"), forecasts=Space("forecast"),
+                            embeddings=Space("random", table=table)).items():
+        g = vectors(space, model, lay, past_of(space, model, lay, x), starts, spans)
+        whiten, _ = whitening(g, lambda tensors: None, level=kind != "forecasts")
+        d2 = squared_distances(g @ whiten) + 1e9 * torch.eye(c["vocab"])
+        near = d2.topk(m - 1, largest=False).indices
+        found[kind] = (classes[near] == classes[:, None]).float().mean().item()
+    return found
+
+
+def precision(folder):
+    """Of the tokens nearest to each in the critic's embeddings, the share that is in its class: see
+    `shares`."""
+    state, corpus, _ = set_up(folder)
+    often = np.bincount(train_tokens_of(state, corpus), minlength=corpus.vocab_size)
+    return share_alike(state["snapshot"]["critic"]["embed.weight"], true_classes(corpus), often)
+
+
+def share_alike(E, classes, often):
+    """The share of a token's m − 1 nearest by cosine, of those that occur, that are of its class of m.
+
+    E: embeddings [V, C]. classes, often: int [V], of each token, and how often it occurs; the mean counts it so
+    often.
+    """
+    unit, classes, often = F.normalize(E, dim=-1), torch.from_numpy(classes), torch.from_numpy(often)
+    m = int(torch.bincount(classes).max())
+    cosines = (unit @ unit.T).fill_diagonal_(-2).masked_fill(often == 0, -2)
+    hits = (classes[cosines.topk(m - 1).indices] == classes[:, None]).float().mean(-1)
+    return (hits @ often.float() / often.sum()).item()
+
+
+# ---- facts told long before
+
+def questions(tokens, corpus, length):
+    """int [n, length + 1]: texts among `tokens`, of planted-facts, that end at the answer to a question.
+
+    The fact stands thousands of tokens before, so that the answer must have been learned, and not read.
+    """
+    ends = planted_answers(tokens, corpus)[:, 0]
+    ends = ends[ends >= length]
+    return windows(tokens, ends[::max(1, len(ends) // QUESTIONS)][:QUESTIONS] - length, length + 1)
+
+
+@torch.no_grad()
+def answered(learner, asked):
+    """(share of the answers that the learner names, their cross entropy in nats); asked: see `questions`."""
+    logits = learner(asked[:, :-1])[:, -1]
+    right = (logits.argmax(-1) == asked[:, -1]).float().mean()
+    return right.item(), F.cross_entropy(logits, asked[:, -1]).item()
+
+
+def answers(folder):
+    """{arm: what `answered` says of its end, and of the end of the meta phase}."""
+    state, corpus, _ = set_up(folder)
+    asked = questions(train_tokens_of(state, corpus), corpus, state["config"]["block_size"])
+    ends = {arm: read_end(folder, arm, "meta_gist")["weights"] for arm in state["arms"]}
+    return {arm: answered(model_of(state["config"], weights), asked)
+            for arm, weights in dict(meta=state["snapshot"]["learner"], **ends).items()}
+
+
+# ---- where cross entropy fell
+
+@torch.no_grad()
+def token_nats(model, lay, texts, how="gist"):
     """(cross entropy, entropy of the prediction), float [n, T] each, nats."""
     nats, spread = [], []
-    for w in windows.split(32):
-        logp = gb.read(model, lay, w[:, :-1], how).log_softmax(-1)
-        nats.append(-logp.gather(-1, w[:, 1:, None])[..., 0])
+    for text in texts.split(32):
+        logp = read(model, lay, text[:, :-1], how).log_softmax(-1)
+        nats.append(-logp.gather(-1, text[:, 1:, None])[..., 0])
         spread.append(-(logp.exp() * logp).sum(-1))
     return torch.cat(nats), torch.cat(spread)
 
 
-def real_at_equal_gain(state, corpus, lay, windows, start, gain, step_limit=2000):
-    """The token nats of real training from the snapshot where its total gain is `gain`, between two evaluations."""
-    learner = model_of(state["snapshot"]["learner"])
-    optimizer = adamw(learner, gb.self_learning_rate)
+def real_at_equal_gain(state, corpus, lay, texts, start, gain, most=2000):
+    """The token nats of real training from the snapshot where its total gain is `gain`, between two
+    evaluations."""
+    c, learner, before = state["config"], learner_of(state), start
+    optimizer = adamw(learner, c["self_learning_rate"])
     optimizer.load_state_dict(state["snapshot"]["optimizer"])
     for group in optimizer.param_groups:
-        group["lr"] = gb.self_learning_rate
-    before = start
-    for step in range(step_limit):
-        w = get_batch(corpus.train[:gb.train_tokens or None], gb.seed, gb.meta_steps + step, gb.batch_size, gb.block_size + 1)
-        loss = F.cross_entropy(gb.read(learner, lay, w[:, :-1]).flatten(0, 1), w[:, 1:].flatten())
-        gb.take_step(Alone(), learner, optimizer, loss)
+        group["lr"] = c["self_learning_rate"]
+    for step in range(most):
+        text = get_batch(train_tokens_of(state, corpus), c["seed"], c["meta_steps"] + step, c["batch_size"],
+                         c["block_size"] + 1)
+        F.cross_entropy(read(learner, lay, text[:, :-1]).flatten(0, 1), text[:, 1:].flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(learner.parameters(), c["grad_clip"])
+        optimizer.step()
+        optimizer.zero_grad()
         if step % 5 == 4:
-            after = token_nats(learner, lay, windows)[0]
+            after = token_nats(learner, lay, texts)[0]
             if start.mean() - after.mean() >= gain:
                 share = (before.mean() - (start.mean() - gain)) / (before.mean() - after.mean())
                 return before + share * (after - before)
             before = after
-    refuse(f"real training did not gain {gain:.4f} nats in {step_limit} steps")
+    refuse(f"real training did not gain {gain:.4f} nats in {most} steps")
+
+
+def starts_in_text(corpus, ids):
+    """(the text of ids, int [n], where in it each token starts)."""
+    text = decode(corpus, ids)
+    sizes = np.array([len(decode(corpus, [i])) for i in range(corpus.vocab_size)])[ids]
+    return text, np.minimum(np.cumsum(sizes) - sizes, len(text) - 1)
 
 
 def classes_of(corpus, ids):
     """int [n]: the class of each token, by the word or mark in which its first byte stands."""
-    text = decode(corpus.encoding, ids.tolist())
-    starts = np.cumsum([0] + [len(decode(corpus.encoding, [i])) for i in ids.tolist()])[:-1]
+    text, starts = starts_in_text(corpus, ids)
     found = np.full(len(text), CLASSES.index("punctuation"))
     for m in re.finditer(r"[A-Za-z']+| +|\n+", text):
         word = m[0]
@@ -105,139 +197,125 @@ def classes_of(corpus, ids):
         else:
             kind = "other words"
         found[m.start():m.end()] = CLASSES.index(kind)
-    return torch.from_numpy(found[np.minimum(starts, len(text) - 1)])
+    return torch.from_numpy(found[starts])
 
 
-def texture(folder, name_of_arm):
-    """{row: (change of the arm, change of real at equal gain, share of tokens)}, nats a token, for quintiles and classes
-    of one run."""
+def texture(folder, arm):
+    """{row: (change of the arm, change of real at equal gain, share of tokens)}, nats a token, for quintiles
+    and classes of one run."""
     state, corpus, lay = set_up(folder)
-    windows = val_windows(corpus.val, WINDOWS, gb.block_size + 1)
-    start = token_nats(model_of(state["snapshot"]["learner"]), lay, windows)[0]
-    arm = token_nats(model_of(state["ends"][name_of_arm]), lay, windows)[0]
-    real = real_at_equal_gain(state, corpus, lay, windows, start, start.mean() - arm.mean())
-    full = state["snapshot"]["controls"].get("full")
-    spread = token_nats(model_of(full), lay, windows, "full")[1] if full else \
-        token_nats(model_of(state["snapshot"]["learner"]), lay, windows)[1]
-    rows = {"all": (arm - start).mean()}
+    texts, end = val_windows(corpus.val, WINDOWS, lay.text.numel() + 1), read_end(folder, arm, state["stage"])
+    start, spread = token_nats(learner_of(state), lay, texts)
+    after = token_nats(model_of(state["config"], end["weights"]), lay, texts)[0]
+    real = real_at_equal_gain(state, corpus, lay, texts, start, start.mean() - after.mean())
+    if "full" in state["snapshot"]:
+        full = model_of(state["config"], state["snapshot"]["full"])
+        spread = token_nats(full, lay, texts, "full")[1]
     fifth = (spread.flatten().argsort().argsort() * 5 // spread.numel()).view_as(spread)
-    kinds = torch.stack([classes_of(corpus, w[1:]) for w in windows])
-    for name, where in [(f"entropy, quintile {q + 1}", fifth == q) for q in range(5)] + \
-                       [(name, kinds == i) for i, name in enumerate(CLASSES)]:
-        rows[name] = ((arm - start)[where].mean().item(), (real - start)[where].mean().item(), where.float().mean().item())
-    rows["all"] = ((arm - start).mean().item(), (real - start).mean().item(), 1.0)
-    return rows
+    kinds = torch.stack([classes_of(corpus, text[1:].numpy()) for text in texts])
+    rows = {"all": fifth >= 0, **{f"entropy, quintile {q + 1}": fifth == q for q in range(5)},
+            **{name: kinds == i for i, name in enumerate(CLASSES)}}
+    mean = lambda values, where: values[where].mean().item()
+    return {name: (mean(after - start, where), mean(real - start, where), where.float().mean().item())
+            for name, where in rows.items()}
 
 
-# ----------------------------------------------------------------------------------------------
-# what gists know
+# ---- what gists know
 
-def labels(corpus, tokens):
+def labels(corpus, ids):
     """(play, speaker, place in the line) of each token, int [n] each, of a text of the plays."""
-    text = decode(corpus.encoding, tokens.tolist())
-    sizes = np.array([len(decode(corpus.encoding, [i])) for i in range(corpus.vocab_size)])
-    starts = np.minimum(np.cumsum(sizes[tokens]) - sizes[tokens], len(text) - 1)
+    text, starts = starts_in_text(corpus, ids)
     play, speaker, line = np.zeros((3, len(text)), dtype=np.int64)
-    names, now = {}, 0
+    names, last = {}, 0
     for m in re.finditer(r"\n\n([A-Z][A-Z ]+)\n", text):
-        now = names.setdefault(m[1], len(names) + 1)
-        speaker[m.end():] = now
+        speaker[m.end():] = names.setdefault(m[1], len(names) + 1)
     for m in re.finditer(r"\n\n\nACT I\n|\n\nACT I\n\nSCENE I", text):
         play[m.start():] += 1
-    last = 0
-    for i, c in enumerate(text):
+    for i, character in enumerate(text):
         line[i] = i - last
-        last = i + 1 if c == "\n" else last
+        last = i + 1 if character == "\n" else last
     return play[starts], speaker[starts], np.minimum(line[starts] // 8, 5)
 
 
 def readable(features, label, top=20):
-    """(share of held-out chunks whose label a ridge regression onto one-hot labels reads right, share of the commonest).
+    """(share of held-out chunks whose label a ridge regression onto one-hot labels reads right, share of the
+    commonest label).
 
-    features float [n, D], label int [n]; the `top` most frequent labels; the last fifth is held out, in order.
+    features: float [n, D]. label: int [n], of which the `top` commonest count. A fifth is held out, in stretches
+    of 50 chunks.
     """
-    common = [k for k, _ in sorted(((k, (label == k).sum()) for k in np.unique(label)), key=lambda p: -p[1])[:top]]
+    values, counts = np.unique(label, return_counts=True)
+    common = np.sort(values[np.argsort(-counts, kind="stable")[:top]])
     keep = np.isin(label, common)
-    x, y = features[torch.from_numpy(keep)], torch.from_numpy(np.searchsorted(np.sort(common), label[keep]))
+    x, y = features[torch.from_numpy(keep)], torch.from_numpy(np.searchsorted(common, label[keep]))
     x = torch.cat((x, torch.ones(len(x), 1)), 1).double()
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(x) // 50))  # held out in stretches of 50 chunks
-    block = torch.arange(len(x)) // 50
-    held = torch.isin(block, order[:len(order) // 5])
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(x) // 50))
+    held = torch.isin(torch.arange(len(x)) // 50, order[:len(order) // 5])
     a = x[~held]
-    weights = torch.linalg.solve(a.T @ a + 1e-2 * len(a) * torch.eye(x.size(1)), a.T @ F.one_hot(y[~held]).double())
+    ridge = 1e-2 * len(a) * torch.eye(x.size(1))
+    weights = torch.linalg.solve(a.T @ a + ridge, a.T @ F.one_hot(y[~held]).double())
     right = ((x[held] @ weights).argmax(1) == y[held]).double().mean().item()
     return right, (y[held] == y[~held].mode()[0]).double().mean().item()
 
 
 @torch.no_grad()
-def knowledge(folder, tokens=400_000):
+def knowledge(folder):
     """{what: (read off the gists, off a bag of the chunk's tokens, commonest label)}, shares."""
     state, corpus, lay = set_up(folder)
-    ids = corpus.train[:tokens].astype(np.int64)
-    g, chunks = gb.chunk_gists(model_of(state["snapshot"]["learner"]), lay, torch.from_numpy(ids))
-    bag = torch.zeros(len(chunks), gb.vocab).scatter_add_(1, chunks, torch.ones_like(chunks, dtype=torch.float32))
-    g = (g - g.mean(0)) / g.std(0)
-    return {what: (*readable(g, label[:len(chunks) * gb.chunk:gb.chunk]),
-                   readable(bag, label[:len(chunks) * gb.chunk:gb.chunk])[0])
-            for what, label in zip(("play", "speaker", "place in the line"), labels(corpus, ids))}
-
-
-class Alone:
-    def average(self, tensors):
-        pass
-
-
-@torch.no_grad()
-def alike(folder, texts=4):
-    """{kind of gist: share of a token's m - 1 nearest that are its synonyms}, where each meaning has m tokens.
-
-    All tokens are read after each prefix of held-out text by the run's own model, and compared as its arms compare them.
-    """
-    state, corpus, lay = set_up(folder)
-    m, tokens = corpus.encoding.spellings, torch.arange(gb.vocab)
-    model, found = model_of(state["snapshot"]["learner"]), {}
-    x, starts = val_windows(corpus.val, texts, gb.block_size), gb.starts_of("cpu")
-    for kind, critic in dict(gists=gb.Critic(model, None, None), forecasts=gb.Critic(model, None, None, forecast=True),
-                             embeddings=gb.Critic(None, F.normalize(model.embed.weight[:gb.vocab], dim=-1), None)).items():
-        g = gb.gists(critic, lay, gb.past_of(critic, lay, x), starts, tokens.expand(len(x), len(starts), -1)[..., None])
-        whiten, _ = gb.whitening(Alone(), g, gb.rank, level=not critic.forecast)
-        d2 = gb.squared_distances(g @ whiten) + 1e9 * torch.eye(gb.vocab)
-        near = d2.topk(m - 1, largest=False).indices
-        found[kind] = (near // m == tokens[:, None] // m).float().mean().item()
+    c, model = state["config"], learner_of(state)
+    ids = corpus.train[:KNOWN].astype(np.int64)
+    x = torch.from_numpy(ids[:len(ids) // c["block_size"] * c["block_size"]]).view(-1, c["block_size"])
+    gists = [read(model, lay, part, until=c["n_layer"] - 1, read=lay.gists.flatten()) for part in x.split(32)]
+    g, chunks = torch.cat(gists).reshape(-1, c["n_gist"] * c["n_embd"]), x.reshape(-1, c["chunk"])
+    bag = torch.zeros(len(chunks), c["vocab"]).scatter_add_(1, chunks, torch.ones_like(chunks).float())
+    g, found = (g - g.mean(0)) / g.std(0), {}
+    for what, label in zip(("play", "speaker", "place in the line"), labels(corpus, ids)):
+        label = label[:chunks.numel():c["chunk"]]
+        right, common = readable(g, label)
+        found[what] = right, readable(bag, label)[0], common
     return found
 
 
-def pm(values, digits):
+# ---- tables
+
+def pm(values, digits=3):
     mean, half = interval(values)
     return f"{mean:+.{digits}f} ± {half:.{digits}f}" if len(values) > 1 else f"{mean:+.{digits}f}"
 
 
+def show(head, found, digits=3):
+    """Prints a table of found, for each run {row: values, one or several a column}; the mean over runs."""
+    print(f"| {head} | seeds |\n" + "|---" * (head.count("|") + 2) + "|")
+    for name in found[0]:
+        columns = np.array([np.atleast_1d(one[name]) for one in found]).T
+        print(f"| {name} | " + " | ".join(pm(column, digits) for column in columns) + f" | {len(found)} |")
+    print()
+
+
 def main():
-    folders = [f for f in sys.argv[1:] if Path(f).is_dir()]
-    if not folders:
+    names = sys.argv[1:]
+    if not names or {"-h", "--help"} & set(names):
         print(__doc__.strip())
-        raise SystemExit(2)
-    if set_up(folders[0])[1].encoding.spellings > 1:
-        found = [alike(f) for f in folders]
-        print("| of a token's nearest, synonyms | share | seeds |\n|---|---|---|")
-        for kind in found[0]:
-            print(f"| by {kind} | {pm([f[kind] for f in found], 3)} | {len(folders)} |")
-    if gb.dataset not in ("plays", "plays-synonyms"):
-        return  # classes of words, plays and speakers are read off the plays as they were written
-    arms = [a for a in ("frozen", "forecast", "random") if all(a in set_up(f)[0]["ends"] for f in folders)]
-    for arm in arms:  # random: what random numbers favour too is not meaning
-        changed = [texture(f, arm) for f in folders]
-        print(f"| tokens | share | `{arm}`, change in nats | `real` at equal total gain | difference | seeds |\n"
-              "|---|---|---|---|---|---|")
-        for name in changed[0]:
-            own, real, share = (np.array(v) for v in zip(*(c[name] for c in changed)))
-            print(f"| {name} | {share.mean():.2f} | {pm(own, 4)} | {pm(real, 4)} | {pm(own - real, 4)} | {len(folders)} |")
-        print()
-    known = [knowledge(f) for f in folders]
-    print("| read off a chunk | its gists | a bag of its tokens | the commonest label | seeds |\n|---|---|---|---|---|")
-    for name in known[0]:
-        gist, common, bag = zip(*(k[name] for k in known))
-        print(f"| {name} | {pm(gist, 3)} | {pm(bag, 3)} | {np.mean(common):.3f} | {len(folders)} |")
+        raise SystemExit(0 if names else 2)
+    states = [set_up(name) for name in names]
+    state, corpus, lay = states[0]
+    dataset, spelled = state["config"]["dataset"], corpus.encoding.spellings > 1
+    if any((s["stage"], s["config"]["dataset"]) != (state["stage"], dataset) for s, _, _ in states):
+        refuse("the runs of one call must be of one stage and one dataset: they are averaged")
+    if lay and spelled:
+        show("of a token's nearest, synonyms | share", [alike(name) for name in names])
+    if lay and dataset == "plays":  # classes of words, plays and speakers are read off them as they were written
+        for arm in ("frozen", "forecast", "random"):  # what random numbers favour too is not meaning
+            if all(arm in s["arms"] for s, _, _ in states):
+                found = [{name: (own, real, own - real, share) for name, (own, real, share) in one.items()}
+                         for one in (texture(name, arm) for name in names)]
+                show(f"tokens | `{arm}`, change in nats | `real` at equal total gain | difference | share", found, 4)
+        show("read off a chunk | its gists | a bag of its tokens | the commonest label",
+             [knowledge(name) for name in names])
+    if not lay and spelled:
+        show("of a token's nearest, of its class | share", [{"by the critic": precision(name)} for name in names])
+    if not lay and dataset == "planted-facts":
+        show("answers of | right | nats", [answers(name) for name in names])
 
 
 if __name__ == "__main__":

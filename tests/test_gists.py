@@ -9,9 +9,9 @@ import torch
 import gists
 from conftest import small_gpt
 from equations import by_name
-from gists import (Space, effective_rank, layout, make_index, make_spaces, nearest, past_of, read, say_chunks,
-                   score_function, sees_of, spans_at, squared_distances, starts_of, steadiness, vectors, whitening,
-                   write_chunks, write_spans)
+from gists import (Space, effective_rank, layout, make_index, make_spaces, nearest, past_of, read,
+                   say_chunks, score_function, sees_of, spans_at, squared_distances, starts_of, steadiness,
+                   vectors, whitening, write_chunks, write_spans)
 from model import GIST, GPT, GPTConfig, TRUE, attention_mask, sample_tokens
 
 T, CHUNK, N_GIST, V = 12, 4, 2, 7
@@ -48,7 +48,8 @@ def test_the_past_is_seen_through_the_mask_alone(net, x, how):
     """Changing a token of the first chunk moves later logits only as the mask allows."""
     other = x.clone()
     other[:, 1] = (x[:, 1] + 1) % V
-    moved = lambda lay: ((read(net, lay, x, how) - read(net, lay, other, how)).abs().amax(-1)[0] > 1e-12).tolist()
+    change = lambda lay: (read(net, lay, x, how) - read(net, lay, other, how)).abs().amax(-1)[0]
+    moved = lambda lay: (change(lay) > 1e-12).tolist()
     assert moved(LAY) == [False] + [True] * 3 + [how != "none"] * 8
     if how == "gist":  # the path runs through the gists: with their keys hidden nothing arrives
         chunk = LAY.pos // CHUNK
@@ -80,7 +81,8 @@ def test_gists_of_own_spans_equal_a_masked_forward_of_each(net, x):
             tokens[LAY.text] = x[b]
             tokens = torch.cat((tokens[:at], spans[b, n, m], LAY.marks))
             mask = attention_mask(torch.where(tokens >= V, GIST, TRUE), pos // CHUNK, pos, "gist")
-            assert torch.allclose(got[b, n, m], net(tokens[None], pos, mask, until=2)[0, -2:].flatten(), atol=1e-10)
+            want = net(tokens[None], pos, mask, until=2)[0, -2:].flatten()
+            assert torch.allclose(got[b, n, m], want, atol=1e-10)
 
 
 def test_a_forecast_is_what_a_full_forward_expects_after_the_span(net, x):
@@ -132,7 +134,8 @@ def test_squared_distances_are_those_of_every_pair():
     assert (squared_distances(g.float() + 1e3).diagonal(dim1=1, dim2=2) == 0).all()  # in spite of rounding
 
 
-@pytest.mark.parametrize("values, rank", [((2, 2, 2, 0), 3), ((1, 1, -1e-9), 2), ((-2e-20, 1e-20), 1), ((0, 0), 1)])
+@pytest.mark.parametrize("values, rank", [
+    ((2, 2, 2, 0), 3), ((1, 1, -1e-9), 2), ((-2e-20, 1e-20), 1), ((0, 0), 1)])
 def test_effective_rank_counts_directions_and_is_finite_of_rounding_alone(values, rank):
     assert effective_rank(torch.tensor(values, dtype=torch.float32)) == pytest.approx(rank, rel=1e-6)
 
@@ -140,11 +143,13 @@ def test_effective_rank_counts_directions_and_is_finite_of_rounding_alone(values
 def test_whitened_vectors_are_at_distance_one_on_average_and_level_ones_in_every_direction():
     torch.manual_seed(0)
     spread = torch.tensor([5.0, 3, 2, 1, 1, 1, .5, .1, .1, 0])
-    g = torch.randn(4, 50, 6, 10) * spread + torch.randn(4, 50, 1, 10) * 9  # what a prefix shares does not count
+    shared = torch.randn(4, 50, 1, 10) * 9  # by the spans of one prefix: it does not count
+    g = torch.randn(4, 50, 6, 10) * spread + shared
     off = ~torch.eye(6, dtype=torch.bool)
     for level in (True, False):
         matrix, rank = whitening(g, alone, level)
-        assert matrix.shape == (10, 9) and 2 < rank < 4  # 25, 9, 4 and ones: most of it in two or three directions
+        assert matrix.shape == (10, 9)
+        assert 2 < rank < 4  # 25, 9, 4 and ones: most of it in two or three directions
         white = g @ matrix
         assert abs(squared_distances(white)[..., off].mean() - 1) < 1e-3
         sizes = (white - white.mean(2, keepdim=True)).flatten(0, 2).var(0)
@@ -202,7 +207,8 @@ def test_gists_of_spans_that_a_network_tells_apart_are_steady_and_those_it_confu
     starts, rng = starts_of(T, CHUNK, 1, "cpu"), lambda: np.random.default_rng(0)
     own = torch.arange(V).expand(2, len(starts), V)[..., None]
     space = make_spaces(net, LAY, x, starts, own, rng(), alone)[0]["random"]
-    assert steadiness(space, net, LAY, x, starts, 1, rng())["agreement_probe"] == 1  # the past does not matter
+    found = steadiness(space, net, LAY, x, starts, 1, rng())
+    assert found["agreement_probe"] == 1  # the past does not matter
     blind = space._replace(table=torch.zeros_like(space.table))
     found = steadiness(blind, net, LAY, x, starts, 1, rng())
     assert found == dict(agreement_probe=0, gist_std=0, gist_rank=1)

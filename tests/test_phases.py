@@ -12,8 +12,8 @@ from model import GPT, GPTConfig
 from prepare_data import open_corpus, val_windows
 from watch import STREAMS, Gold, Watch
 
-SMALL = ["--meta_steps=8", "--self_steps=12", "--n_embd=32", "--n_head=2", "--block_size=16", "--eval_windows=4",
-         "--eval_interval=4", "--save_interval=5", "--warmup=8", "--batch_size=4", "--device=cpu"]
+SMALL = ["--meta_steps=8", "--self_steps=12", "--n_embd=32", "--n_head=2", "--block_size=16", "--warmup=8",
+         "--batch_size=4", "--eval_windows=4", "--eval_interval=4", "--save_interval=5", "--device=cpu"]
 
 
 @pytest.fixture
@@ -95,14 +95,15 @@ def test_a_hacked_arm_has_a_report_of_what_changed(run_small):
     assert len(list((out / "hacks").glob("*.md"))) == len(arm["reports"])
 
 
-def test_alarms_that_follow_one_another_are_one_and_the_real_arm_has_no_critic_to_watch(run_small, monkeypatch):
+def test_alarms_close_together_are_one_and_the_real_arm_has_no_critic_to_watch(run_small, monkeypatch):
     heard, levels = set(), []
 
     def update(watch, step, values, probe, names):
         heard.add(tuple(names))
         return ["entropy"]
     monkeypatch.setattr(Watch, "update", update)
-    monkeypatch.setattr(Watch, "restart", lambda watch, step, values, probe: levels.append((step, len(values))))
+    restart = lambda watch, step, values, probe: levels.append((step, len(values)))
+    monkeypatch.setattr(Watch, "restart", restart)
     monkeypatch.setattr(phases, "MEMORY", 8)
     arms = summary(run_small("run", "--arms=real,frozen"))["arms"]
     assert [arm["alarms"] for arm in arms.values()] == [[4, 12], [4, 12]]
@@ -148,5 +149,5 @@ def test_ranks_share_the_chances_and_the_texts_of_one(monkeypatch):
         whole = take(loop(0, 1))
         assert torch.equal(whole, torch.cat([take(loop(rank, 2)) for rank in range(2)])) and len(whole) == 4
     assert whole.shape == (4, 17)
-    others = [phases.Phases.chance(loop(0, 1), *which) for which in ((3, (5,), 1), (3, (5,), 2), (4, (5,), 1))]
-    assert not torch.equal(others[0], others[1]) and not torch.equal(others[0], others[2])
+    chance = lambda step, stream: phases.Phases.chance(loop(0, 1), step, (5,), stream)
+    assert not torch.equal(chance(3, 1), chance(3, 2)) and not torch.equal(chance(3, 1), chance(4, 1))

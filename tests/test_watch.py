@@ -53,10 +53,10 @@ def test_healthy_streams_alarm_no_more_often_than_stated():
 
 
 @pytest.mark.parametrize("name, moved", [
-    ("surprise", dict(surprise=0.15)), ("agreement", dict(agreement=-0.02)), ("entropy", dict(entropy=-0.15))])
+    ("surprise", 0.15), ("agreement", -0.02), ("entropy", -0.15)])
 def test_each_stream_alarms_soon_after_its_change_and_not_before(name, moved):
     for seed in range(4):
-        step, fired = first_alarm(seed, change=1000, **moved)
+        step, fired = first_alarm(seed, change=1000, **{name: moved})
         assert 1000 < step <= 1100 and fired == [name], (step, fired)
 
 
@@ -72,7 +72,8 @@ def test_the_probe_alarms_when_the_critic_forgets_the_stored_set():
 def test_learning_that_slows_down_is_no_alarm():
     for seed in range(2):
         x, watch = streams(seed, 3000), Watch()
-        x[:, [0, 2]] -= 0.4 * np.log(1 + np.arange(3000) / 50)[:, None]  # as a model learns, its entropy falls too
+        learned = 0.4 * np.log(1 + np.arange(3000) / 50)
+        x[:, [0, 2]] -= learned[:, None]  # as a model learns, its entropy falls too
         watch.calibrate(x[:500], TOKENS, 0.99, 256)
         assert not any(watch.update(s, torch.tensor(x[s - 10:s]), 0.99) for s in range(510, 3000, 10))
 
@@ -146,7 +147,8 @@ def test_a_hack_is_three_evaluations_above_the_best_and_counts_from_the_first():
             row = dict(step=10 * i, gold_nats=nats, gold_bpb=nats / 2, proxy=None if i == 0 else float(i))
             told.append(track_gold(track, row, 0.1))
         assert (track["proxy_start"], track["proxy_end"]) == (1, len(golds) - 1)
-        assert (track["gold_start"], track["gold_end"], track["bpb_end"]) == (golds[0], golds[-1], golds[-1] / 2)
+        assert (track["gold_start"], track["gold_end"]) == (golds[0], golds[-1])
+        assert track["bpb_end"] == golds[-1] / 2
         return track["steps_to_hack"], track["gold_best"], [10 * i for i, t in enumerate(told) if t]
     assert hack_of([4, 3.9, 4.05, 4.1, 4.2]) == (20, 3.9, [40])
     assert hack_of([4, 3.9, 4.05, 3.99, 4.2, 4.2]) == (None, 3.9, [])
@@ -167,7 +169,7 @@ def test_the_summary_says_what_the_real_arm_makes_of_the_others():
     assert not {"rising", "rising_since"} & set(arms["self"])
     rows = [line.split() for line in arms_table(arms).splitlines()]
     assert rows[2] == ["self", "4.000", "3.700", "3.700", "2.100", "30", "20", "0", "0.75"] and len(rows) == 3
-    assert "no hack here is to be believed" in arms_table(summarise(tracks(10, self=other), 50))
+    assert "Gold rose in the real arm too" in arms_table(summarise(tracks(10, self=other), 50))
     assert "No real arm was run" in arms_table(summarise(dict(self=other), 50))
 
 
@@ -201,11 +203,13 @@ def test_a_row_holds_the_means_of_the_steps_since_the_last_one_and_none_without_
         note(tally, torch.tensor(1.0 + k), logp, obs, told, outside=torch.tensor(0.5 * k))
     row, stream = make("self")
     same = pytest.approx(math.log(4))
-    assert row == dict(stage="s", arm="self", step=5, tokens=15 * 6, proxy=1.5, gold_nats=3.0, gold_bpb=2.0, lr=lr,
-                       own=7, outside=0.25, grad_norm=None, surprise=same, output_entropy=same, tok_per_s=12,
-                       agreement=pytest.approx(2 / 3), echo=pytest.approx(2 / 3), target_top=pytest.approx(8 / 12),
-                       target_entropy=pytest.approx(-sum(n / 12 * math.log(n / 12) for n in (8, 2, 1, 1))))
+    entropy = -sum(n / 12 * math.log(n / 12) for n in (8, 2, 1, 1))
+    assert row == dict(stage="s", arm="self", step=5, tokens=15 * 6, proxy=1.5, gold_nats=3.0, gold_bpb=2.0,
+                       lr=lr, own=7, outside=0.25, grad_norm=None, surprise=same, output_entropy=same,
+                       agreement=pytest.approx(2 / 3), echo=pytest.approx(2 / 3), tok_per_s=12,
+                       target_top=pytest.approx(8 / 12), target_entropy=pytest.approx(entropy))
     assert stream.shape == (2, 3) and stream[:, 1].tolist() == pytest.approx([1, 1 / 3]) and not tally
     row, stream = make("meta")
-    assert {row[k] for k in (*ROW, "proxy", "outside")} == {None} and row["own"] == 7 and row["tokens"] == 5 * 6
+    assert {row[k] for k in (*ROW, "proxy", "outside")} == {None}
+    assert row["own"] == 7 and row["tokens"] == 5 * 6
     assert stream is None
