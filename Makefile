@@ -15,8 +15,8 @@ run: .venv/installed
 	$(BIN)/python meta_gist.py
 
 $(STUDIES): study-%: .venv/installed
-	$(BIN)/python study.py $*
-	$(BIN)/python study_report.py
+	$(BIN)/python studies/study.py $*
+	$(BIN)/python studies/report.py
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest

@@ -2,8 +2,7 @@
 How long the steps of each stage take, side by side in one run, beside the stage's step on real tokens.
 
     python bench.py                 # about three minutes on two cores
-    python bench.py 3               # one stage alone
-    python bench.py --quick         # fewer rounds
+    python bench.py 3 --quick       # one stage alone, in fewer rounds
 
 The real step is cross entropy on text: forward, backward, clip, AdamW. Beside stage 1's stands one of the
 same sizes built of torch.nn.TransformerEncoder, so that the numbers of another machine can be read. The meta
@@ -45,10 +44,9 @@ class Alone:
 
 
 class Library(nn.Module):
-    """A GPT of stage 1's sizes from torch.nn: learned positions, LayerNorm, gelu."""
-    def __init__(self):
+    """A GPT of stage 1's sizes T, V, C from torch.nn: learned positions, LayerNorm, gelu."""
+    def __init__(self, T, V, C):
         super().__init__()
-        T, V, C = self_ce.block_size, self_ce.vocab, self_ce.n_embd
         layer = nn.TransformerEncoderLayer(C, self_ce.n_head, 4 * C, 0.0, "gelu", batch_first=True,
                                            norm_first=True, bias=False)
         self.token, self.place = nn.Embedding(V, C), nn.Embedding(T, C)
@@ -75,9 +73,9 @@ def text_of(script, rows=None):
 def stage_1():
     """{name: step}, the plain step first."""
     text, phases, (learner, optimizer) = text_of(self_ce), Alone(self_ce), learner_of(self_ce)
-    critic, library, watch = GPT(learner.config), Library(), Watch()
+    critic, library = GPT(learner.config), Library(self_ce.block_size, self_ce.vocab, self_ce.n_embd)
     other = torch.optim.AdamW(library.parameters(), 1e-4, fused=True)
-    values = np.random.default_rng(0).random((500, 3))
+    watch, values = Watch(), np.random.default_rng(0).random((500, 3))
     watch.calibrate(values, text[:, 1:].numel(), 0.9, 256)
 
     def plain(model, optimizer, **options):
@@ -138,10 +136,14 @@ def stage_2():
             "self step, frozen": lambda: frozen(gist), "self step, random": lambda: frozen(random)}
 
 
+def critic_3():
+    return nn.ParameterDict(dict(E=torch.randn(mg.vocab, mg.n_embd), log_kappa=torch.tensor(0.0)))
+
+
 def stage_3():
     """{name: step}, the step of the real arm first."""
     text, (learner, optimizer) = text_of(mg), learner_of(mg)
-    phases = Alone(mg, learner=learner, optimizer=optimizer, critic=mg.Critic())
+    phases = Alone(mg, learner=learner, optimizer=optimizer, critic=critic_3())
 
     def frozen(chunk):
         mg.chunk = chunk
@@ -157,7 +159,7 @@ def meta_parts(steps, rows):
     rows: texts of an inner step; four times as many judge.
     """
     mg.chunk = 1
-    (learner, _), critic = learner_of(mg), mg.Critic()
+    (learner, _), critic = learner_of(mg), critic_3()
     theta, phi, average = by_name(learner), by_name(critic), Alone.average
     texts, outer = [text_of(mg, rows) for _ in range(steps)], text_of(mg, 4 * rows)
     chances = [torch.rand(rows, 1, mg.block_size) for _ in texts]
@@ -208,7 +210,6 @@ def memory(counts):
     """Prints the peak memory of meta steps of 64 texts beside that of their first-order parts."""
     if not STATUS.exists():
         return print("peak memory is counted on Linux alone")
-    print("meta_gist.py: peak memory, 64 texts")
     processes = multiprocessing.get_context("spawn")
     for steps in counts:
         found = {}
@@ -218,17 +219,16 @@ def memory(counts):
             process.start()
             found[name] = answer.get(timeout=300)
             process.join()
-            print(f"  {f'{name}, {steps} inner steps':<32} {found[name]:7.0f} MB "
+            print(f"  {f'{name}, {steps} steps: peak':<32} {found[name]:7.0f} MB "
                   f"{found[name] / found['first order']:7.2f} x", flush=True)
 
 
 def main():
     words = set(sys.argv[1:])
     if words & {"-h", "--help"}:
-        print(__doc__.strip())
-        return
-    if words - {"1", "2", "3", "--quick"}:
-        refuse(f"{min(words - {'1', '2', '3', '--quick'})!r} is not one of 1, 2, 3, --quick (see --help)")
+        return print(__doc__.strip())
+    for word in words - {"1", "2", "3", "--quick"}:
+        refuse(f"{word!r} is not one of 1, 2, 3, --quick (see --help)")
     stages, rounds = words - {"--quick"} or {"1", "2", "3"}, 3 if "--quick" in words else 7
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of {rounds} rounds")

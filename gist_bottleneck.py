@@ -343,8 +343,8 @@ def set_up(run, corpus, masks, lay):
     """(the models by mask, their optimizers, the critic, its weights or None, the Phases)."""
     models, optimizers, theirs = {}, {}, run.resumed["kept"]["sizes"] if run.resumed else run.settings
     if critic_from and not run.resumed:
-        alike = dict(vocab=vocab, chunk=chunk, n_gist=n_gist)
-        theirs = read_bottleneck(critic_from, run.device, corpus_id(corpus), **alike)
+        theirs = read_bottleneck(critic_from, run.device, corpus_id(corpus),
+                                 vocab=vocab, chunk=chunk, n_gist=n_gist)
     sizes = {k: theirs[k] for k in ("n_layer", "n_head", "n_embd")}  # of the critic
     n_special = n_gist + 1  # one row more than is used: the weights of earlier runs fit
     new = lambda *sizes: GPT(GPTConfig(vocab, n_special, *sizes)).to(run.device, run.weight_dtype)
@@ -353,6 +353,7 @@ def set_up(run, corpus, masks, lay):
         models[how] = new(n_layer, n_head, n_embd)
         optimizers[how] = adamw(models[how], learning_rate)
     learner, critic = models["gist"], new(*sizes.values()).requires_grad_(False)
+    critic.load_state_dict(theirs.get("weights", critic.state_dict()))  # kept, should the meta phase be resumed
     parts = dict(learner=learner, critic=critic, optimizer=optimizers["gist"],
                  **{how: models[how] for how in masks[1:]},
                  **{f"optimizer_{how}": optimizers[how] for how in masks[1:]})
@@ -380,14 +381,13 @@ def begin_arms(phases, learner, critic, theirs, lay):
     """What the arms start from: the critic, how its gists are compared, and with order 2 what it learns."""
     kept, c = phases.kept, critic.config
     learner.load_state_dict(phases.snapshot["learner"])
-    critic.load_state_dict(theirs or phases.snapshot["learner"])
+    critic.load_state_dict(theirs or phases.snapshot["critic" if critic_from else "learner"])
     x, starts = phases.text(0, RULER)[:, :-1], own_starts(phases.run.device)
     with torch.no_grad():
         own, _, _ = own_spans(phases, learner, lay, x, starts, 0)
     rng = np.random.default_rng([seed, TABLE])
     spaces, rank = make_spaces(critic, lay, x, starts, own, rng, phases.run.average)
-    kept["found"]["directions"] = directions = spaces["gist"].whiten.size(1)
-    phases.run.say(f"the gists keep {directions} directions; before whitening they fill {rank:.1f}")
+    kept["found"].update(directions=spaces["gist"].whiten.size(1), directions_filled=rank)
     if order == 2:
         kept["found"]["gain"] = train_critic(phases, learner, critic, spaces["gist"], lay)
     kept.update(sizes=dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd), watches={},

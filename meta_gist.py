@@ -278,7 +278,7 @@ def critic_step(phases, at, pool):
         member.update(learner=learner.state_dict(), optimizer=state, age=0, best=math.inf)
     pool["learner"].load_state_dict(member["learner"])
     pool["optimizer"].load_state_dict(member["optimizer"])
-    if at % INDEX_EVERY == 0:
+    if val_chunks == "similar" and at % INDEX_EVERY == 0:
         kept["index_from"], pool["index"] = critic["E"].detach().clone(), None
     if val_chunks == "similar" and pool["index"] is None:
         pool["index"] = make_index(phases.corpus.train, kept["index_from"])

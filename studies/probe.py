@@ -34,9 +34,9 @@ from sample import model_of, read_run
 WINDOWS = 256       # held-out texts on which cross entropy is compared
 KNOWN = 400_000     # tokens of the training text whose chunks are read
 QUESTIONS = 512     # of planted-facts, at most
-FUNCTION_WORDS = frozenset("""the and to of i you a my in that is not me it with for be his your this but he have
-as thou him so will what her thy all by do no shall if are we thee our on at or from was they she o who an them
-their""".split())
+FUNCTION_WORDS = frozenset("""the and to of i you a my in that is not me it with for be his your this but he
+have as thou him so will what her thy all by do no shall if are we thee our on at or from was they she o who
+an them their""".split())
 CLASSES = ("function words", "other words", "names", "punctuation", "spaces", "line breaks")
 
 
@@ -47,8 +47,7 @@ def set_up(folder):
     if state["stage"] == "gist_bottleneck":
         return state, corpus, layout(c["block_size"], c["chunk"], c["n_gist"], c["vocab"], "cpu")
     if state["stage"] != "meta_gist":
-        refuse(f"{folder} is a run of {state['stage']}.py; only those of gist_bottleneck.py and meta_gist.py are "
-               "probed")
+        refuse(f"{folder} is a run of {state['stage']}.py; one of gist_bottleneck.py or meta_gist.py is needed")
     return state, corpus, None
 
 
@@ -65,16 +64,16 @@ def train_tokens_of(state, corpus):
 
 @torch.no_grad()
 def alike(folder, texts=4):
-    """{kind of gist: share of a token's m − 1 nearest that are its synonyms}, where each meaning has m tokens.
+    """{kind of gist: share of a token's m − 1 nearest that are its synonyms}, of m tokens for each meaning.
 
-    All tokens are read after each prefix of held-out text by the run's own model, and compared as its arms
-    do.
+    All are read after each prefix of held-out text by the run's own model, and compared as its arms do.
     """
     state, corpus, lay = set_up(folder)
     c, m, model, found = state["config"], corpus.encoding.spellings, learner_of(state), {}
-    classes, tokens = torch.from_numpy(true_classes(corpus)), torch.arange(c["vocab"])
-    x, starts = val_windows(corpus.val, texts, c["block_size"]), starts_of(c["block_size"], c["chunk"], 1, "cpu")
-    spans = tokens.expand(texts, len(starts), -1)[..., None]
+    x = val_windows(corpus.val, texts, c["block_size"])
+    starts = starts_of(c["block_size"], c["chunk"], 1, "cpu")
+    spans = torch.arange(c["vocab"]).expand(texts, len(starts), -1)[..., None]
+    classes = torch.from_numpy(true_classes(corpus))
     table = F.normalize(model.embed.weight[:c["vocab"]], dim=-1)
     for kind, space in dict(gists=Space("gist"), forecasts=Space("forecast"),
                             embeddings=Space("random", table=table)).items():
@@ -87,18 +86,16 @@ def alike(folder, texts=4):
 
 
 def precision(folder):
-    """Of the tokens nearest to each in the critic's embeddings, the share that is in its class: see
-    `shares`."""
+    """Of the tokens nearest to each by the critic's embeddings, the share of its class: `share_alike`."""
     state, corpus, _ = set_up(folder)
     often = np.bincount(train_tokens_of(state, corpus), minlength=corpus.vocab_size)
-    return share_alike(state["snapshot"]["critic"]["embed.weight"], true_classes(corpus), often)
+    return share_alike(state["snapshot"]["critic"]["E"], true_classes(corpus), often)
 
 
 def share_alike(E, classes, often):
     """The share of a token's m − 1 nearest by cosine, of those that occur, that are of its class of m.
 
-    E: embeddings [V, C]. classes, often: int [V], of each token, and how often it occurs; the mean counts it so
-    often.
+    E: embeddings [V, C]. classes, often: int [V], of each token, and how often it occurs, by which it counts.
     """
     unit, classes, often = F.normalize(E, dim=-1), torch.from_numpy(classes), torch.from_numpy(often)
     m = int(torch.bincount(classes).max())
@@ -150,8 +147,7 @@ def token_nats(model, lay, texts, how="gist"):
 
 
 def real_at_equal_gain(state, corpus, lay, texts, start, gain, most=2000):
-    """The token nats of real training from the snapshot where its total gain is `gain`, between two
-    evaluations."""
+    """The token nats of real training from the snapshot where it has gained so much, interpolated."""
     c, learner, before = state["config"], learner_of(state), start
     optimizer = adamw(learner, c["self_learning_rate"])
     optimizer.load_state_dict(state["snapshot"]["optimizer"])
@@ -201,8 +197,7 @@ def classes_of(corpus, ids):
 
 
 def texture(folder, arm):
-    """{row: (change of the arm, change of real at equal gain, share of tokens)}, nats a token, for quintiles
-    and classes of one run."""
+    """{row: (change of the arm, of real at equal gain, the difference, share of tokens)}, nats a token."""
     state, corpus, lay = set_up(folder)
     texts, end = val_windows(corpus.val, WINDOWS, lay.text.numel() + 1), read_end(folder, arm, state["stage"])
     start, spread = token_nats(learner_of(state), lay, texts)
@@ -215,8 +210,8 @@ def texture(folder, arm):
     kinds = torch.stack([classes_of(corpus, text[1:].numpy()) for text in texts])
     rows = {"all": fifth >= 0, **{f"entropy, quintile {q + 1}": fifth == q for q in range(5)},
             **{name: kinds == i for i, name in enumerate(CLASSES)}}
-    mean = lambda values, where: values[where].mean().item()
-    return {name: (mean(after - start, where), mean(real - start, where), where.float().mean().item())
+    changes = after - start, real - start, after - real
+    return {name: (*(change[where].mean().item() for change in changes), where.float().mean().item())
             for name, where in rows.items()}
 
 
@@ -238,11 +233,9 @@ def labels(corpus, ids):
 
 
 def readable(features, label, top=20):
-    """(share of held-out chunks whose label a ridge regression onto one-hot labels reads right, share of the
-    commonest label).
+    """(share of held-out chunks whose label ridge regression onto one-hot ones reads, that of the commonest).
 
-    features: float [n, D]. label: int [n], of which the `top` commonest count. A fifth is held out, in stretches
-    of 50 chunks.
+    features: float [n, D]. label: int [n]; the `top` commonest count. Stretches of 50 chunks are held out.
     """
     values, counts = np.unique(label, return_counts=True)
     common = np.sort(values[np.argsort(-counts, kind="stable")[:top]])
@@ -304,16 +297,15 @@ def main():
         refuse("the runs of one call must be of one stage and one dataset: they are averaged")
     if lay and spelled:
         show("of a token's nearest, synonyms | share", [alike(name) for name in names])
-    if lay and dataset == "plays":  # classes of words, plays and speakers are read off them as they were written
+    if lay and dataset == "plays":  # words, plays and speakers are told by the text as it was written
         for arm in ("frozen", "forecast", "random"):  # what random numbers favour too is not meaning
             if all(arm in s["arms"] for s, _, _ in states):
-                found = [{name: (own, real, own - real, share) for name, (own, real, share) in one.items()}
-                         for one in (texture(name, arm) for name in names)]
-                show(f"tokens | `{arm}`, change in nats | `real` at equal total gain | difference | share", found, 4)
+                show(f"tokens | `{arm}`, change in nats | `real` at equal gain | difference | share",
+                     [texture(name, arm) for name in names], 4)
         show("read off a chunk | its gists | a bag of its tokens | the commonest label",
              [knowledge(name) for name in names])
     if not lay and spelled:
-        show("of a token's nearest, of its class | share", [{"by the critic": precision(name)} for name in names])
+        show("of a token's nearest, of its class | share", [{"critic": precision(name)} for name in names])
     if not lay and dataset == "planted-facts":
         show("answers of | right | nats", [answers(name) for name in names])
 

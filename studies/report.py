@@ -143,7 +143,7 @@ def law():
         steps = zip(told(runs, arm, "steps_to_hack"), told(runs, arm, "self_steps"))
         data += [np.log((*varied, max(1, hack or end))) for hack, end in steps]
     data = np.array(data).reshape(-1, 4)
-    taught = data[data[:, 0] > np.log(300)]  # after 250 meta steps the critic is a biased teacher
+    taught = data[data[:, 0] > np.log(300)]  # with 250 meta steps the critic is a biased teacher
     return table("meta steps | rate | vocabulary | seeds | critic's accuracy | steps to hack", rows,
                  fit(data, "all points"), fit(taught, "without 250 meta steps"))
 
@@ -162,7 +162,7 @@ def fit(data, which):
     t = STUDENT.get(len(x) - 3, 1.96 + 2.5 / (len(x) - 4))
     names = ("meta steps", "learning rate", "vocabulary")
     terms = ", ".join(f"{n}^({b:.2f} ± {t * e:.2f})" for n, b, e in zip(names, beta[1:], error[1:]))
-    share = 1 - left @ left / ((data[:, 3] - data[:, 3].mean()) ** 2).sum()
+    share = 1 - left.var() / data[:, 3].var()
     return f"Fitted, {which}: steps to hack ∝ {terms}; R² {share:.2f}, {len(x)} runs."
 
 
@@ -208,8 +208,8 @@ def watch():
     missed, often = sum(not a["alarms"] for _, a in hacked), 1e4 * alarms / max(1, steps)
     return table("arm | hacks | steps of lead, median [least, most]",
                  [[f"`{arm}`", len(found), spread(found)] for arm, found in lead.items() if found],
-                 f"{len(hacked)} hacked arms, {missed} missed. {alarms} alarms in {steps:,} steps of arms never "
-                 f"hacked: {often:.2f} for each 10,000.")
+                 f"{len(hacked)} hacked arms, {missed} missed. {alarms} alarms in {steps:,} steps of arms "
+                 f"never hacked: {often:.2f} for each 10,000.")
 
 
 def long():
@@ -260,10 +260,6 @@ def end_shares(runs, arm):
     return recovered_at(runs, arm, runs if own else load("2/base"), max(told(runs, arm, "self_steps")))
 
 
-def gist_arms():
-    return distances("2/base 2/arms 2/forecast")
-
-
 def forgets():
     """What is recovered as the signal tells less apart, and by scores that are not proper."""
     names = [f"2/{point}" for point in STUDIES["2"][1]
@@ -308,22 +304,6 @@ def critics(names, arms=ARMS, below=()):
                  "steps to hack | recovered", rows, *below)
 
 
-def second_order():
-    return critics("3/base 3/untrained 3/by-hand")
-
-
-def chunks():
-    return critics("3/chunk-4 3/chunk-4-by-hand 3/chunk-4-sharp 3-forms/chunk-4-samples 3-forms/chunk-8")
-
-
-def shift():
-    return critics("3-shift/by-hand")
-
-
-def judges():
-    return critics(f"3/base 3/next 3/similar 3/steps-2 3/steps-4 {points_of('3', 'facts-')}", "frozen")
-
-
 def synonym_chunks():
     """What chunks are worth, and by seed what `frozen` gains over the two controls."""
     names, below = "3/synonyms-chunk 3/synonyms-chunk-samples 3/synonyms-chunk-by-hand", []
@@ -349,43 +329,52 @@ def synonyms():
                  "best gold of the signal, of real", rows)
 
 
-# ---- figures: (title, quantity, of each point the arms) of each panel
+# ---- figures: of each panel the title, and of each point the arms
 
+TAUGHT = "real forecast frozen random"
 FIGURES = {
-    "stage-1-study.png": (
-        ("600 steps", "gold_nats", {"1/base": "real frozen ema self shuffled sharpen"}),
-        ("20 times the meta phase, self with keep_meta=.1", "gold_nats",
-         {"1-long/frozen": "real frozen", "1-long/self": "self"})),
-    "stage-2-study.png": (
-        ("the plays", "gold_nats", {"2/base": "real frozen random"}),
-        ("little text full of synonyms", "gold_nats", {"2-meaning/praise": "real forecast frozen random"}),
-        ("little of the plays, in random spellings", "gold_nats",
-         {"2-meaning/spellings": "real forecast frozen random"})),
-    "stage-3-study.png": (
-        ("gain of one inner step, nats", "gain", {"3/base": "meta"}),
-        ("the plays", "gold_nats", {"3/base": "real frozen shuffled"}),
-        ("planted synonyms", "gold_nats", {"3/synonyms": "real frozen shuffled"}))}
+    "stage-1-study.png": {
+        "600 steps": {"1/base": "real frozen ema self shuffled sharpen"},
+        "20 times the meta phase; self practises": {"1-long/frozen": "real frozen", "1-long/self": "self"}},
+    "stage-2-study.png": {
+        "the plays": {"2/base": "real frozen random"},
+        "little text full of synonyms": {"2-meaning/praise": TAUGHT},
+        "little of the plays, in random spellings": {"2-meaning/spellings": TAUGHT}},
+    "stage-3-study.png": {
+        "the plays": {"3/base": "real frozen shuffled"},
+        "planted synonyms": {"3/synonyms": "real frozen shuffled"}}}
+GAINS = dict(gain="frozen", gain_real="real", gain_shuffled="shuffled")  # whose colour each has
+
+
+def curve(axis, runs, arm, label, colour, quantity="gold_nats", start=0):
+    """The mean over seeds and its 95 % interval, less what it is at the start; returns the lowest mean."""
+    logs = [[r for r in of_arm(rows, arm) if quantity in r] for _, rows in runs.values()]
+    mean, half = interval([[r[quantity] - (log[0][quantity] if start else 0) for r in log] for log in logs])
+    steps = [r["step"] for r in logs[0]]
+    axis.plot(steps, mean, color=COLOUR[colour], label=label)
+    axis.fill_between(steps, mean - half, mean + half, color=COLOUR[colour], alpha=0.2, lw=0)
+    return mean.min()
 
 
 def draw(file, panels):
-    """Means over seeds with 95 % intervals, less the start, from all seeds of every point; else nothing."""
-    if not all(complete(name) for _, _, points in panels for name in points):
+    """A figure in results/, from all seeds of every point; else none."""
+    if not all(complete(name) for points in panels.values() for name in points):
         return
-    figure, axes = pyplot().subplots(1, len(panels), figsize=(5 * len(panels), 4))
-    for axis, (title, quantity, points) in zip(axes, panels):
-        lowest = 0
-        for name, arm in [(name, arm) for name, arms in points.items() for arm in arms.split()]:
-            logs = [[r for r in of_arm(rows, arm) if quantity in r] for _, rows in load(name).values()]
-            mean, half = interval([[r[quantity] - log[0][quantity] for r in log] for log in logs])
-            steps, lowest = [r["step"] for r in logs[0]], min(lowest, mean.min())
-            axis.plot(steps, mean, color=COLOUR[arm], label=arm)
-            axis.fill_between(steps, mean - half, mean + half, color=COLOUR[arm], alpha=0.2, lw=0)
-        if lowest < 0 and quantity == "gold_nats":  # hacked arms may leave the picture through its top
+    gains = int(file == "stage-3-study.png")
+    figure, axes = pyplot().subplots(1, len(panels) + gains, figsize=(15, 4))
+    for axis, (title, points) in zip(axes[gains:], panels.items()):
+        lowest = min(curve(axis, load(name), arm, arm, arm, start=1)
+                     for name, arms in points.items() for arm in arms.split())
+        if axis.get_ylim()[1] > -1.6 * lowest > 0:  # hacked arms may leave the picture through its top
             axis.set_ylim(1.2 * lowest, -1.6 * lowest)
-        axis.set(title=title, xlabel="steps")
+        axis.set(title=title, xlabel="self steps")
+    axes[gains].set_ylabel("gold less that at the start, nats")
+    for quantity, colour in GAINS.items() if gains else ():
+        curve(axes[0], load("3/base"), "meta", quantity, colour, quantity)
+        axes[0].set(title="the plays: what one inner step gains, nats", xlabel="steps of the meta phase")
+    for axis in axes:
         axis.grid(alpha=0.2)
         axis.legend(fontsize=8)
-    axes[0].set_ylabel("less that at the start")
     figure.tight_layout()
     figure.savefig(RESULTS / file, dpi=120)
     print(f"drawn: {file}")
@@ -393,9 +382,19 @@ def draw(file, panels):
 
 # ---- pages
 
-PAGES = {"stage-1.md": (levers, law, order, judged, watch, long),
-         "stage-2.md": (carried, gist_arms, forgets, meaning),
-         "stage-3.md": (second_order, synonyms, chunks, synonym_chunks, shift, judges)}
+FACTS = "3/facts-random 3/facts-next 3/facts-similar 3/facts-by-hand"
+PAGES = {
+    "stage-1.md": dict(levers=levers, law=law, order=order, judged=judged, watch=watch, long=long),
+    "stage-2.md": dict(carried=carried, gist_arms=lambda: distances("2/base 2/arms 2/forecast"),
+                       forgets=forgets, meaning=meaning),
+    "stage-3.md": dict(
+        second_order=lambda: critics("3/base 3/untrained 3/by-hand"),
+        synonyms=synonyms,
+        chunks=lambda: critics("3/chunk-4 3/chunk-4-by-hand 3/chunk-4-sharp 3-forms/chunk-4-samples "
+                               "3-forms/chunk-8"),
+        synonym_chunks=synonym_chunks,
+        shift=lambda: critics("3-shift/by-hand"),
+        judges=lambda: critics(f"3/base 3/next 3/similar 3/steps-2 3/steps-4 {FACTS}", "frozen"))}
 
 
 def size(text):
@@ -423,10 +422,10 @@ def main():
         refuse(f"{OUT} holds no finished run of a study; begin with python studies/study.py 1")
     for file, tables in PAGES.items():
         page = (RESULTS / file).read_text(encoding="utf-8")
-        for one in tables:
-            if content := one():
-                page, done = put(page, one.__name__, content)
-                print(f"{content}\n\n{file}, {one.__name__}: {done}\n")
+        for name, make in tables.items():
+            if content := make():
+                page, done = put(page, name, content)
+                print(f"{content}\n\n{file}, {name}: {done}\n")
         (RESULTS / file).write_text(page, encoding="utf-8")
     for file, panels in FIGURES.items():
         draw(file, panels)

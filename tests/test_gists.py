@@ -1,6 +1,7 @@
 """Chunks, gists, own spans and own chunks against naive forwards of each, in float64."""
 import itertools
 import math
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 import gists
 from conftest import small_gpt
 from equations import by_name
-from gists import (Space, effective_rank, layout, make_index, make_spaces, nearest, past_of, read,
+from gists import (Space, carried, effective_rank, layout, make_index, make_spaces, nearest, past_of, read,
                    say_chunks, score_function, sees_of, spans_at, squared_distances, starts_of, steadiness,
                    vectors, whitening, write_chunks, write_spans)
 from model import GIST, GPT, GPTConfig, TRUE, attention_mask, sample_tokens
@@ -55,6 +56,19 @@ def test_the_past_is_seen_through_the_mask_alone(net, x, how):
         chunk = LAY.pos // CHUNK
         hidden = LAY.mask[how] & ((LAY.template == 0) | (chunk[:, None] == chunk))
         assert moved(LAY._replace(mask={how: hidden})) == [False] + [True] * 3 + [False] * 8
+
+
+def test_what_gists_carry_is_the_share_of_the_gap_between_no_past_and_the_full_one(net):
+    texts = torch.randint(0, V, (3, T + 1))
+    nats = {}
+    for how in ("gist", "full", "none"):
+        logp = read(net, LAY, texts[:, :-1], how).log_softmax(-1)
+        nats[how] = -logp.gather(-1, texts[:, 1:, None])[:, CHUNK:].mean().item()
+    found = carried(dict.fromkeys(nats, net), LAY, texts, CHUNK, 2, nullcontext)
+    assert found["later"] == pytest.approx(nats)
+    share = (nats["none"] - nats["gist"]) / (nats["none"] - nats["full"])
+    assert found["gist_share"] == pytest.approx(share)
+    assert set(carried(dict(gist=net), LAY, texts, CHUNK, 2, nullcontext)) == {"later"}
 
 
 # ---- own spans and what stands for them
@@ -176,6 +190,12 @@ def test_the_score_function_is_unbiased(proper):
         mean_slope += chance * torch.autograd.grad((weight * logp).mean(), logits)[0]
     assert torch.allclose(mean_loss, exact.detach(), atol=1e-12)
     assert torch.allclose(mean_slope, want, atol=1e-12)
+
+
+def test_samples_at_equal_distances_have_no_weight():
+    """The others' mean is taken off: what is left of a sample is what it adds."""
+    for proper in (True, False):
+        assert score_function(1 - torch.eye(5), proper)[1].tolist() == pytest.approx([0] * 4, abs=1e-6)
 
 
 # ---- spaces

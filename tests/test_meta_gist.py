@@ -278,7 +278,7 @@ def test_learners_of_the_pool_step_as_the_arms_do_and_start_again_when_they_are_
     optimizer, mover = adamw(learner, 1e-3), copy.deepcopy(learner)
     minds = dict(optimizer=optimizer, critic_optimizer=torch.optim.Adam(critic.parameters()))
     phases = toy_phases(learner, critic, **minds)
-    pool = SimpleNamespace(learner=mover, optimizer=adamw(mover, 1.0), index=None)  # this rate may not count
+    pool = dict(learner=mover, optimizer=adamw(mover, 1.0), index=None)  # a rate that may not count
     mg.real_step(phases, phases.text(0))
     pretrained, state = copy.deepcopy(learner), copy.deepcopy(optimizer.state_dict())
     for turn in range(4):  # what an arm does from the same snapshot: half by the signal, half by real text

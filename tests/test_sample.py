@@ -1,20 +1,17 @@
 """What a run's weights write, and from what they keep of what they have read."""
 import base64
-import runpy
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import in_process
 
 import sample
 from gists import layout, read
 from model import GPT, GPTConfig
 from prepare_data import make_encoding
 
-ROOT = Path(__file__).parent.parent
 CHUNK, VOCAB = 4, 32
 TINY = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --eval_windows=4 --meta_steps=4 "
         "--self_steps=4 --eval_interval=4 --self_learning_rate=0.1 --arms=real --controls=full --device=cpu")
@@ -90,11 +87,9 @@ def folder(tmp_path_factory):
 
 
 def main(script, *arguments):
-    """Runs a script of the project in this process, as its command line does."""
+    """Runs a script, for fixtures of any scope."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [script, *map(str, arguments)])
-        patch.chdir(ROOT)
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+        in_process(patch, script, *map(str, arguments))
 
 
 def test_the_command_line_goes_on_from_a_text_or_a_file_by_the_weights_named(folder, tmp_path, capsys):

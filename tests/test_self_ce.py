@@ -172,10 +172,12 @@ def test_a_rescue_restores_weights_optimizer_and_watch_exactly():
         optimizer.zero_grad()
         watch.state["surprise"]["reference"] = (watch.state["surprise"]["reference"] or 0.0) + 1.0
     step()
-    self_ce.keep_good(loop)
+    self_ce.keep_good(loop, 0)
     good = copy.deepcopy(loop.kept["good"])
     step()
     assert not torch.equal(learner.head.weight, good["learner"]["head.weight"])
+    watch.state["probe"].update(sum=1.0, threshold=2.0)  # on its way to an alarm: these weights are not good
+    self_ce.keep_good(loop, 4)
     self_ce.rescue(loop, 7)  # rescue_steps is 0: only the way back
     for module in learner, critic:
         assert all(torch.equal(v, good["learner"][n]) for n, v in module.state_dict().items())
@@ -185,7 +187,10 @@ def test_a_rescue_restores_weights_optimizer_and_watch_exactly():
         assert state == dict(good["watch"][name], sum=0.0, since=7)
     assert loop.at["track"]["rescues"] == [7]
     step()  # what is kept does not move with the weights
-    assert all(torch.equal(v, good["learner"][n]) for n, v in loop.kept["good"]["learner"].items())
+    kept = lambda: loop.kept["good"]["learner"]
+    assert all(torch.equal(v, good["learner"][n]) for n, v in kept().items())
+    self_ce.keep_good(loop, 8)
+    assert all(torch.equal(v, kept()[n]) for n, v in learner.state_dict().items())
 
 
 # ---- the script
@@ -195,7 +200,7 @@ def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_
                 "--dtype=float64", "--meta_steps=104", "--self_steps=40", "--rescue_steps=3"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     running = start("self_ce.py", *settings, f"--out_dir={whole}")
-    for arm, step in (("meta", 60), ("ema", 36)):
+    for arm, step in (("meta", 60), ("ema", 8)):
         which = [*settings, f"--out_dir={broken}"] if arm == "meta" else [f"--resume={broken}"]
         kill_at(start("self_ce.py", *which), broken, arm, step)
         at = torch.load(broken / "ckpt.pt", weights_only=True)
@@ -205,7 +210,7 @@ def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_
     assert running.returncode == 0, printed
     assert log(broken) == log(whole) and len(log(broken)) == 27 + 2 * 11
     assert summary(broken)["arms"] == summary(whole)["arms"]
-    assert 0 < summary(whole)["arms"]["ema"]["rescues"][0] < 36
+    assert summary(whole)["arms"]["ema"]["rescues"][0] > 8  # from weights that the checkpoint held
     files = [{p.name for p in (out / "hacks").iterdir()} for out in (broken, whole)]
     assert files[0] == files[1] and "001.md" in files[0]
     assert (broken / "samples.txt").read_text() == (whole / "samples.txt").read_text()
@@ -241,6 +246,19 @@ def test_two_ranks_compute_what_one_does(tmp_path):
             assert b[key] == near, (a["arm"], a["step"], key)
     ends = [torch.load(out / "ckpt.pt", weights_only=True)["learner"] for out in (one, two)]
     assert max((p - ends[1][n]).abs().max() for n, p in ends[0].items()) < 1e-9
+
+
+def test_levers_of_the_critic_move_the_arms_whose_critic_is_made_of_the_learner_alone(tmp_path, monkeypatch):
+    plain, ends = tmp_path / "plain", []
+    run = lambda out, *more: in_process(monkeypatch, "self_ce.py", *TINY, f"--out_dir={out}", *more)
+    run(plain)
+    for out, levers in ((tmp_path / "kept", ["--keep_meta=1"]), (tmp_path / "slower", ["--self_rate=0.5"])):
+        run(out, f"--start={plain}", *levers)
+        end = lambda folder, arm: torch.load(folder / "ends" / f"{arm}.pt", weights_only=True)["weights"]
+        arms = [arm for arm in self_ce.ARMS if any(
+            not torch.equal(p, end(out, arm)[n]) for n, p in end(plain, arm).items())]
+        ends.append(arms)
+    assert ends == [["self", "ema"], ["self", "frozen", "ema", "shuffled", "sharpen"]]
 
 
 def test_signals_end_a_run_with_a_checkpoint_that_goes_on(tmp_path):
@@ -300,7 +318,7 @@ def test_wandb_is_imported_only_if_asked_and_is_shown_rows_table_and_picture(tmp
     (["--n_embd=100", "--n_head=3"], "n_embd=100 must be an even multiple of n_head=3"),
     (["--n_layer=0"], "n_layer=0 must be above 0"),
     (["--order=3"], "order=3 must be 1"),
-    (["--rescue_steps=5", "--meta_steps=50"], "needs meta_steps of 100 or more"),
+    (["--rescue_steps=5", "--meta_steps=50"], "rescue_steps=5 waits for the watch's alarm"),
     (["--ema_decay=1"], "ema_decay=1.0 must be below 1"),
     (["--adversarial=1.5"], "adversarial=1.5 must be at most 1"),
     (["--target=hard"], "target='hard' is not one of \"argmax\", \"soft\""),

@@ -25,12 +25,14 @@ def command(folder, program=PROGRAM, words=("tiny",)):
 
 
 def run(*arguments, **options):
-    return subprocess.run(command(*arguments, **options), cwd=STUDIES, capture_output=True, text=True, timeout=120)
+    words = command(*arguments, **options)
+    return subprocess.run(words, cwd=STUDIES, capture_output=True, text=True, timeout=120)
 
 
 def test_a_study_killed_by_sigkill_continues_and_repeats_nothing(tmp_path):
     first = tmp_path / "study-tiny" / "first" / "1"
-    process = subprocess.Popen(command(tmp_path), cwd=STUDIES, stdout=subprocess.DEVNULL, start_new_session=True)
+    quiet = dict(stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(command(tmp_path), cwd=STUDIES, **quiet)
     while not (first / "ckpt.pt").exists():
         assert process.poll() is None
         time.sleep(0.01)
@@ -53,3 +55,27 @@ def test_a_study_that_is_not_there_and_a_second_word_are_refused(tmp_path):
     for words, says in ((["tini"], "did you mean 'tiny'?"), (["tiny", "5"], "'5' is not --list")):
         done = run(tmp_path, words=words)
         assert done.returncode == 2 and says in done.stderr and not list(tmp_path.iterdir())
+
+
+TABLE = """before
+<!-- levers -->
+| lever | arm | seeds | recovered |
+|---|---|---|---|
+| none | `self` | 5 | 0.5 ± 0.1 |
+| none | `ema` | 3 | |
+<!-- /levers -->
+after
+"""
+
+
+def test_a_table_is_replaced_by_one_of_as_many_rows_and_seeds_and_by_no_other(monkeypatch):
+    monkeypatch.syspath_prepend(str(STUDIES))
+    import report
+    row = lambda seeds: ["none", "`self`", seeds, "1.0"]
+    new = lambda *seeds: report.table("lever | arm | seeds | recovered", [row(n) for n in seeds])
+    for fewer in (new(8), new(5, 2)):
+        assert report.put(TABLE, "levers", fewer)[0] == TABLE
+    page, _ = report.put(TABLE, "levers", new(5, 3))
+    assert page.count("1.0") == 2 and "0.5" not in page and page.endswith("<!-- /levers -->\nafter\n")
+    assert report.put(page, "levers", new(5, 3))[0] == page
+    assert report.put(page, "law", new(9, 9))[0] == page  # it has no place for it
