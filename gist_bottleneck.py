@@ -353,7 +353,7 @@ def set_up(run, corpus, masks, lay):
         models[how] = new(n_layer, n_head, n_embd)
         optimizers[how] = adamw(models[how], learning_rate)
     learner, critic = models["gist"], new(*sizes.values()).requires_grad_(False)
-    critic.load_state_dict(theirs.get("weights", critic.state_dict()))  # kept, should the meta phase be resumed
+    critic.load_state_dict(theirs.get("weights", critic.state_dict()))  # kept, for a resumed meta phase
     parts = dict(learner=learner, critic=critic, optimizer=optimizers["gist"],
                  **{how: models[how] for how in masks[1:]},
                  **{f"optimizer_{how}": optimizers[how] for how in masks[1:]})

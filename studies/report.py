@@ -415,9 +415,10 @@ def put(page, name, content):
 
 
 def main():
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        return print(__doc__.strip())
     if sys.argv[1:]:
-        print(__doc__.strip())
-        raise SystemExit(0 if {"-h", "--help"} & set(sys.argv) else 2)
+        refuse(f"{sys.argv[1]!r} is not asked for: all studies are reported together (see --help)")
     if not any(folders(f"{study}/{point}") for study in STUDIES for point in STUDIES[study][1]):
         refuse(f"{OUT} holds no finished run of a study; begin with python studies/study.py 1")
     for file, tables in PAGES.items():

@@ -121,3 +121,9 @@ def test_a_folder_that_is_no_run_and_a_file_that_is_no_text_are_refused(folder, 
         with pytest.raises(SystemExit) as stop:
             main("sample.py", *words)
         assert stop.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_full_of_a_run_without_that_control_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        sample.weights_of("out/gist", dict(snapshot=dict(learner={})), "", full=True)
+    assert "with full among the controls of out/gist" in capsys.readouterr().err

@@ -210,7 +210,7 @@ def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_
     assert running.returncode == 0, printed
     assert log(broken) == log(whole) and len(log(broken)) == 27 + 2 * 11
     assert summary(broken)["arms"] == summary(whole)["arms"]
-    assert summary(whole)["arms"]["ema"]["rescues"][0] > 8  # from weights that the checkpoint held
+    assert summary(whole)["arms"]["ema"]["rescues"][0] > 8  # after the kill
     files = [{p.name for p in (out / "hacks").iterdir()} for out in (broken, whole)]
     assert files[0] == files[1] and "001.md" in files[0]
     assert (broken / "samples.txt").read_text() == (whole / "samples.txt").read_text()
