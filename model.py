@@ -102,20 +102,19 @@ def attend(q, k, v, mask, fused):
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
 
 
-def attend_branches(q, k, v, past_k, past_v, sees, causal):
-    """Attention of M short branches at each of N places of one past that all share: q [B, H, N, M, r, D] ->
-    the same.
+def attend_branches(q, k, v, past_k, past_v, near, seen, causal):
+    """Attention of M short branches at each of N places of one past: q [B, H, N, M, r, D] -> the same.
 
-    k, v: [B, H, N, M, R, D], a branch's own tokens so far. past_k, past_v: [B, H, S, D]. sees: bool [N, S],
-    which tokens of the past a place sees. causal: bool [r, R]. Branches do not see one another: under one
-    mask over all their tokens this would cost N M times as much.
+    k, v: [B, H, N, M, R, D], a branch's own tokens so far. past_k, past_v: [B, H, S, D]. near: int [N, S'],
+    tokens of the past that a place may see; seen: bool [N, S'], those that it does. causal: bool [r, R].
+    Branches do not see one another: under one mask over all their tokens this would cost N M times as much.
     """
-    q = q * q.size(-1) ** -0.5
-    rows = sees[:, None].expand(-1, q.size(3) * q.size(4), -1).flatten(0, 1)                # [N M r, S]
-    past = (q.flatten(2, 4) @ past_k.transpose(-2, -1)).masked_fill(~rows, float("-inf"))   # [B, H, N M r, S]
-    own = (q @ k.transpose(-2, -1)).masked_fill(~causal, float("-inf")).flatten(2, 4)       # [B, H, N M r, R]
-    on_past, on_own = torch.cat((past, own), -1).softmax(-1).split((past.size(-1), own.size(-1)), -1)
-    return (on_past @ past_v).view_as(q) + on_own.unflatten(2, q.shape[2:5]) @ v
+    past_k, past_v, q = past_k[:, :, near], past_v[:, :, near], q * q.size(-1) ** -0.5
+    past = (q.flatten(3, 4) @ past_k.transpose(-2, -1)).masked_fill(~seen[:, None], float("-inf"))
+    own = (q @ k.transpose(-2, -1)).masked_fill(~causal, float("-inf"))                     # [..., M, r, R]
+    weights = torch.cat((past, own.flatten(3, 4)), -1).softmax(-1)                        # [..., M r, S' + R]
+    on_past, on_own = weights.split((near.size(1), k.size(-2)), -1)
+    return (on_past @ past_v).view_as(q) + on_own.view_as(own) @ v
 
 
 # ---- the network
@@ -162,7 +161,7 @@ class Attention(nn.Module):
             cache[self] = k, v
         return self.join(attend(q, k, v, mask, fused))
 
-    def branch(self, x, table, sees, cache, read):
+    def branch(self, x, table, past, cache, read):
         q, k, v = self.heads(x, table)
         past_k, past_v, *own = cache[self]
         if own:
@@ -170,7 +169,7 @@ class Attention(nn.Module):
         cache[self] = past_k, past_v, k, v
         r, R = q.size(-2), k.size(-2)
         causal = torch.ones(r, R, dtype=torch.bool, device=x.device).tril(R - r)
-        return self.join(attend_branches(q[..., read, :], k, v, past_k, past_v, sees, causal[read]))
+        return self.join(attend_branches(q[..., read, :], k, v, past_k, past_v, *past, causal[read]))
 
 
 class Block(nn.Module):
@@ -186,8 +185,8 @@ class Block(nn.Module):
     def forward(self, x, table, mask, fused, cache):
         return self.mlp(x + self.attention(norm(x), table, mask, fused, cache))
 
-    def branch(self, x, table, sees, cache, read=slice(None)):
-        return self.mlp(x[..., read, :] + self.attention.branch(norm(x), table, sees, cache, read))
+    def branch(self, x, table, past, cache, read=slice(None)):
+        return self.mlp(x[..., read, :] + self.attention.branch(norm(x), table, past, cache, read))
 
 
 class GPT(nn.Module):
@@ -239,13 +238,14 @@ class GPT(nn.Module):
         tokens of the past a place sees. read, until: as in `forward`. Branches grow in the cache: pass
         dict(cache) to begin new ones. Only what is read goes through the last block.
         """
-        x = self.embed(x)
+        near = sees.byte().argsort(dim=1, descending=True, stable=True)[:, :sees.sum(1).max()]
+        seen, x = sees.gather(1, near), self.embed(x)
         table = self.table(pos, x.dtype)
         *blocks, last = self.blocks[:until]
         x = norm(x)
         for block in blocks:
-            x = block.branch(x, table, sees, cache)
-        x = norm(last.branch(x, table, sees, cache, read))
+            x = block.branch(x, table, (near, seen), cache)
+        x = norm(last.branch(x, table, (near, seen), cache, read))
         return self.head(x) if until is None else x
 
     def table(self, pos, dtype):
