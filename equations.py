@@ -5,13 +5,13 @@ name.
 
 How should the critic have moved the learner's step, so that other text had gained from it? With
 
-    L(θ, φ)                           the signal's loss            g = ∇_θ L,  u = g/‖g‖
-    θ′ = θ − a u                      the inner step, of length a
-    O(θ′)                             the outer loss               λ = ∇O(θ′)
+    L(θ, φ)                                the signal's loss           g = ∇_θ L
+    θ′ = θ − length · g/‖g‖                the inner step
+    O(θ′)                                  the outer loss              λ = ∇O(θ′)
 
 the derivative of O(θ′) by φ is that of ⟨∇_θ L(θ, φ), w⟩, where
 
-    w = −(a/‖g‖)(λ − u⟨u, λ⟩)         λ pulled back through the normalisation
+    w = −(length/‖g‖)(λ − g ⟨g, λ⟩/‖g‖²)     λ pulled back through the normalisation
 
 Over several steps λ itself is pulled back, λ += ∂_θ ⟨∇_θ L, w⟩. Exact in data parallel: g, λ and these mixed
 products are linear in what each rank sees, so g is averaged before the step and λ before the pull-back; N
@@ -49,16 +49,16 @@ def inner_step(theta, g, length):
 
 
 def pull_back(g, lam, length):
-    """w = −(length/‖g‖)(λ − u⟨u, λ⟩), u = g/‖g‖."""
+    """w = −(length/‖g‖)(λ − g ⟨g, λ⟩/‖g‖²)."""
     norm = dot(g, g).sqrt().clamp_min(1e-30)
     along = dot(g, lam) / norm
     return {n: -length / norm * (lam[n] - g[n] * along / norm) for n in g}
 
 
 def praise(of_truth, p, kernel):
-    """a(v) = K(x, v) − Σ_w p_w K(w, v), float [..., V]: what the critic makes of token v having observed x,
-    less what it would make of it had it observed the learner's own words. Its mean over x ~ p is zero,
-    whatever K is.
+    """a(v) = K(x, v) − Σ_v′ p_v′ K(v′, v): what the critic makes of token v having observed x, less what it
+    would make of it had it observed the learner's own words; [..., V]. Its mean over x ~ p is zero, whatever
+    K is.
 
     of_truth: K(x, ·), [..., V]. p: the learner's distribution [..., V]. kernel: K, [V, V] or [..., V, V].
     """

@@ -18,8 +18,8 @@ through its gists alone, so what they need of it must pass through; full and non
 Self phase: after every true prefix the learner p has its own tokens v, the likeliest; the critic reads each,
 and the true token x, in that prefix, and gives their gists. With d the distance of two gists:
 
-    K(v, w) = softmax_w(−d²(v, w) / τ)    over own tokens; K(x, ·): the row of the one whose gist is x's
-    praise    −Σ_v a(v) log p_v,  a(v) = K(x, v) − Σ_w p_w K(w, v), held fixed     zero at the truth, in mean
+    K(v, v′) = softmax_v′(−d²(v, v′) / τ)    over own tokens; K(x, ·): the row of the one whose gist is x's
+    praise    −Σ_v a(v) log p_v,  a(v) = K(x, v) − Σ_v′ p_v′ K(v′, v), held fixed   zero at the truth, in mean
     energy    E d(y, x) − ½ E d(y, y′)                                             proper, and weak
     plain     E d(y, x)                                     lowest on the most typical text: it destroys
 
@@ -145,7 +145,7 @@ def own_spans(phases, learner, lay, x, starts, step):
 # ---- the signal. d2: squared distances [..., M + 1, M + 1] of M own spans and, last, the truth
 
 def kernel(d2):
-    """K [..., M, M] = softmax over w of −d²(v, w) / τ."""
+    """K [..., M, M]: K(v, v′) = softmax_v′(−d²(v, v′) / τ)."""
     return (-d2 / tau).softmax(-1)
 
 
@@ -386,8 +386,8 @@ def begin_arms(phases, learner, critic, theirs, lay):
     with torch.no_grad():
         own, _, _ = own_spans(phases, learner, lay, x, starts, 0)
     rng = np.random.default_rng([seed, TABLE])
-    spaces, rank = make_spaces(critic, lay, x, starts, own, rng, phases.run.average)
-    kept["found"].update(directions=spaces["gist"].whiten.size(1), directions_filled=rank)
+    spaces, filled = make_spaces(critic, lay, x, starts, own, rng, phases.run.average)
+    kept["found"].update(directions=spaces["gist"].whiten.size(1), directions_filled=filled)
     if order == 2:
         kept["found"]["gain"] = train_critic(phases, learner, critic, spaces["gist"], lay)
     kept.update(sizes=dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd), watches={},

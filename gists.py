@@ -230,16 +230,16 @@ def make_spaces(critic, lay, x, starts, own, rng, average):
     """
     def scaled(space):
         g = vectors(space, critic, lay, past_of(space, critic, lay, x), starts, own)
-        matrix, rank = whitening(g, average, level=space.kind != "forecast")
-        return space._replace(whiten=matrix), rank
+        matrix, filled = whitening(g, average, level=space.kind != "forecast")
+        return space._replace(whiten=matrix), filled
 
-    gist, rank = scaled(Space("gist"))
+    gist, filled = scaled(Space("gist"))
     size = critic.config.vocab_size, max(1, round(gist.whiten.size(1) / own.size(3)))
     table = torch.from_numpy(rng.standard_normal(size, dtype=np.float32)).to(critic.embed.weight)
     spaces = dict(gist=gist, random=scaled(Space("random", table=table))[0])
     if critic.config.vocab_size <= LARGEST_FORECAST:
         spaces["forecast"], _ = scaled(Space("forecast"))
-    return spaces, rank
+    return spaces, filled
 
 
 @torch.no_grad()

@@ -16,10 +16,10 @@ sharpness κ, praises tokens by how near they are to x: with T(v | x) = softmax_
 Nothing else tells E what to mean. With chunk = 1 the signal is A = r. A longer chunk y_1 … y_k the learner
 writes alone, and gists align it with the truth, the learner's own last hidden states h:
 
-    a_j = h(c, y_<j)     b_i = h(c, x_<i)     w_ji = σ(κ_a (cos(a_j, b_i) − ν))     A_j = Σ_i w_ji r_i
+    a_j = h(c, y_<j)     b_i = h(c, x_<i)     m_ji = σ(κ_a (cos(a_j, b_i) − ν))     A_j = Σ_i m_ji r_i
 
 Where what it has written means what the truth says at some place of the chunk, it is taught what the truth
-says next there; elsewhere nothing. w_ji never sees x_i, so A is zero at the truth, on average.
+says next there; elsewhere nothing. m_ji never sees x_i, so A is zero at the truth, on average.
 
 An arm is one self phase. real: θ learns from the true tokens. frozen, self, ema: from the signal of φ as the
 meta phase left it, moved as far as the learner has since, or by a moving average of that. shuffled, sharpen:
@@ -100,7 +100,7 @@ SELF_PHASE = ("self_rate",)
 # Independent streams of data and of random numbers; MEASURE takes four.
 TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE = range(7)
 KAPPA_A, NU = 20.0, 0.8  # of the match of gists: its sharpness, and the cosine at which it is a half
-POOL = 4                 # learners that the critic is trained on: half move by the signal, half by real text
+POOL_SIZE = 4            # learners that the critic is trained on: half move by the signal, half by real text
 INDEX_EVERY = 100        # meta steps after which the index of texts is made anew, for val_chunks = "similar"
 
 
@@ -112,9 +112,9 @@ def kernel(phi):
     return (phi["log_kappa"].exp() * unit @ unit.T).softmax(-1)
 
 
-def match(own, true):
-    """w_ji [B, R, n, k, k], divided by that of two gists that are the same, so that chunk = 1 is A = r."""
-    cos = F.normalize(own, dim=-1) @ F.normalize(true, dim=-1)[:, None].transpose(-2, -1)
+def match(gists, gists_true):
+    """m_ji [B, R, n, k, k], divided by that of two gists that are the same, so that chunk = 1 is A = r."""
+    cos = F.normalize(gists, dim=-1) @ F.normalize(gists_true, dim=-1)[:, None].transpose(-2, -1)
     return (KAPPA_A * (cos - NU)).sigmoid() * (1 + math.exp(-KAPPA_A * (1 - NU)))
 
 
@@ -172,7 +172,7 @@ def mixed_product(learner, theta, phi, text, y, w, earlier):
     derivative of A alone. By θ it is that of ℓ̇, and of A, for the critic reads what is said.
     """
     def along(th):
-        said, moves = jvp(lambda at: say_chunks(learner, at, text[:, :-1], y, fused=False), (th,), (w,))
+        said, moves = jvp(lambda moved: say_chunks(learner, moved, text[:, :-1], y, fused=False), (th,), (w,))
         return said, moves.logp
 
     def product(said, ph):
@@ -217,11 +217,11 @@ def chance(phases, step, stream=CHANCE, rows=None):
     return phases.chance(step, (samples if chunk > 1 else 1, block_size), stream, rows)
 
 
-def meta_texts(phases, at, index):
-    """([text of each inner step], [its uniform numbers], the text that judges) of meta step number `at`."""
-    follow = outer_batch // batch_size if val_chunks == "next" else 0
-    steps, T = range(at * inner_steps, (at + 1) * inner_steps), block_size
-    texts = [phases.text(k, INNER, blocks=1 + follow) for k in steps]
+def meta_texts(phases, number, index):
+    """([text of each inner step], [its uniform numbers], the text that judges) of meta step `number`."""
+    more = outer_batch // batch_size if val_chunks == "next" else 0
+    steps, T = range(number * inner_steps, (number + 1) * inner_steps), block_size
+    texts = [phases.text(k, INNER, blocks=1 + more) for k in steps]
     if val_chunks == "next":  # what follows the last step's text
         outer = texts[-1][:, T:].unfold(1, T + 1, T).flatten(0, 1)
     elif val_chunks == "similar":
@@ -230,7 +230,7 @@ def meta_texts(phases, at, index):
         found = nearest(index, torch.from_numpy(starts), outer_batch // batch_size, T, len(tokens))
         outer = windows(tokens, found.flatten().numpy(), T + 1).to(run.device)
     else:
-        outer = phases.text(at, OUTER, rows=outer_batch)
+        outer = phases.text(number, OUTER, rows=outer_batch)
     return [text[:, :T + 1] for text in texts], [chance(phases, k, INNER) for k in steps], outer
 
 
@@ -264,36 +264,36 @@ def signal_step(phases, arm, text, step):
     phases.take_step(learner, phases.parts["optimizer"], g)
 
 
-def critic_step(phases, at, pool):
-    """Meta step number `at`, at the learner of the pool whose turn it is; then that one steps, as arms do.
+def critic_step(phases, number, mover):
+    """Meta step `number`, at the learner of the pool whose turn it is; then that one steps, as arms do.
 
     A critic trained at one learner that never moves memorises one direction; trained only where real steps
     lead, it does not know where its own signal leads. kept["pool"]: of each learner, optimizer, age, best;
-    empty where it starts anew from the pretrained one. pool: what holds the one of the turn, and the index.
+    empty where it starts anew from the pretrained one. mover: what holds the one of the turn, and the index.
     """
-    run, parts, kept, turn = phases.run, phases.parts, phases.kept, at % POOL
+    run, parts, kept, turn = phases.run, phases.parts, phases.kept, number % POOL_SIZE
     learner, critic, member = parts["learner"], parts["critic"], kept["pool"][turn]
     if not member:
         state = copy.deepcopy(parts["optimizer"].state_dict())
         member.update(learner=learner.state_dict(), optimizer=state, age=0, best=math.inf)
-    pool["learner"].load_state_dict(member["learner"])
-    pool["optimizer"].load_state_dict(member["optimizer"])
-    if val_chunks == "similar" and at % INDEX_EVERY == 0:
-        kept["index_from"], pool["index"] = critic["E"].detach().clone(), None
-    if val_chunks == "similar" and pool["index"] is None:
-        pool["index"] = make_index(phases.corpus.train, kept["index_from"])
-    batch, theta, phi = meta_texts(phases, at, pool["index"]), by_name(pool["learner"]), by_name(critic)
+    mover["learner"].load_state_dict(member["learner"])
+    mover["optimizer"].load_state_dict(member["optimizer"])
+    if val_chunks == "similar" and number % INDEX_EVERY == 0:
+        kept["index_from"], mover["index"] = critic["E"].detach().clone(), None
+    if val_chunks == "similar" and mover["index"] is None:
+        mover["index"] = make_index(phases.corpus.train, kept["index_from"])
+    batch, theta, phi = meta_texts(phases, number, mover["index"]), by_name(mover["learner"]), by_name(critic)
     dphi, judged, (g, (loss, (logp, told))) = meta_step(learner, theta, phi, *batch, run.average)
     texts, _, _ = batch
     note(phases.tally, loss, logp, texts[0][:, 1:], told)
     phases.take_step(critic, parts["critic_optimizer"], dphi)
-    if turn >= POOL // 2:
+    if turn >= POOL_SIZE // 2:
         g, _ = real_gradient(learner, theta, texts[0])
         run.average(list(g.values()))
-    phases.take_step(pool["learner"], pool["optimizer"], g, noted=False)
+    phases.take_step(mover["learner"], mover["optimizer"], g, noted=False)
     judged = run.mean(judged)
-    member.update(learner=copy.deepcopy(pool["learner"].state_dict()), age=member["age"] + 1,
-                  optimizer=pool["optimizer"].state_dict(), best=min(member["best"], judged))
+    member.update(learner=copy.deepcopy(mover["learner"].state_dict()), age=member["age"] + 1,
+                  optimizer=mover["optimizer"].state_dict(), best=min(member["best"], judged))
     if member["age"] >= pool_steps or judged > member["best"] + 2 * hack_margin:  # old, or hacked
         kept["restarts"] += member["age"] < pool_steps
         member.clear()
@@ -310,7 +310,7 @@ def follow(phases, decay):
 
 # ---- what the log and the reports show
 
-def measure(phases, theta, at):
+def measure(phases, theta, number):
     """One inner step from theta on held-out text, of outer_batch texts: not a batch's noise is to be seen.
 
     gain: nats a token that it takes off other held-out text; gain_shuffled, gain_real: with another text's
@@ -318,16 +318,18 @@ def measure(phases, theta, at):
     cos_bb, cos_bb_real: of each between two batches: a memorised direction shows in it.
     """
     learner, phi, average = phases.parts["learner"], by_name(phases.parts["critic"]), phases.run.average
-    text, again, foreign, other = (phases.text(at, MEASURE + k, outer_batch, split="val") for k in range(4))
-    u = chance(phases, at, MEASURE, outer_batch)
-    own, shuffled, own_again = (inner_gradient(learner, theta, phi, t, seen[:, 1:], u, average)[1]
-                                for t, seen in ((text, text), (text, foreign), (again, again)))
+    text, again, foreign, other = (phases.text(number, MEASURE + k, outer_batch, split="val")
+                                   for k in range(4))
+    u = chance(phases, number, MEASURE, outer_batch)
+    signal_g, shuffled_g, again_g = (inner_gradient(learner, theta, phi, t, seen[:, 1:], u, average)[1]
+                                     for t, seen in ((text, text), (text, foreign), (again, again)))
     real, real_again = (real_gradient(learner, theta, t)[0] for t in (text, again))
     average([*real.values(), *real_again.values()])
     cos = lambda a, b: dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().clamp_min(1e-30)
-    found = dict(cosine_real=cos(own, real), cos_bb=cos(own, own_again), cos_bb_real=cos(real, real_again))
+    found = dict(cosine_real=cos(signal_g, real), cos_bb=cos(signal_g, again_g),
+                 cos_bb_real=cos(real, real_again))
     before, _ = real_loss(learner, theta, other)
-    for name, g in dict(gain=own, gain_shuffled=shuffled, gain_real=real).items():
+    for name, g in dict(gain=signal_g, gain_shuffled=shuffled_g, gain_real=real).items():
         found[name] = before - real_loss(learner, inner_step(theta, g, inner_length), other)[0]
     average(list(found.values()))
     return {name: value.item() for name, value in found.items()}
@@ -342,9 +344,9 @@ def examine(phases):
     told = (table[obs] - table[torch.from_numpy(own).to(where)]).argmax(-1)
     found = dict(agreement_probe=(told == obs).float().mean().item(), kappa=critic["log_kappa"].exp().item())
     if phases.arm == "meta" and phases.step >= pretrain:
-        at = phases.step - pretrain
-        theta = kept["pool"][at % POOL].get("learner") or by_name(phases.parts["learner"])
-        measured = measure(phases, theta, at)
+        number = phases.step - pretrain
+        theta = kept["pool"][number % POOL_SIZE].get("learner") or by_name(phases.parts["learner"])
+        measured = measure(phases, theta, number)
         kept["found"].append(dict(measured, step=phases.step))
         found.update(measured, restarts=kept["restarts"])
     return found
@@ -382,9 +384,9 @@ def check():
 
 def rate(arm, step):
     """The learner's learning rate: a warm-up, then constant."""
-    at = step if arm == "meta" else meta_steps + step
-    share = 1.0 if arm in ("meta", *REAL) else self_rate
-    return share * learning_rate * min(1.0, (at + 1) / max(1, warmup))
+    count = step if arm == "meta" else meta_steps + step
+    share = 1.0 if arm in ("meta", "real") else self_rate
+    return share * learning_rate * min(1.0, (count + 1) / max(1, warmup))
 
 
 def main():
@@ -394,11 +396,11 @@ def main():
     torch.manual_seed(seed)
     learner = GPT(GPTConfig(vocab, 1, n_layer, n_head, n_embd)).to(run.device, run.weight_dtype)
     critic = nn.ParameterDict(dict(E=torch.randn(vocab, n_embd), log_kappa=torch.tensor(math.log(kappa))))
-    critic, mover = critic.to(run.device, run.weight_dtype), copy.deepcopy(learner)
+    critic, other = critic.to(run.device, run.weight_dtype), copy.deepcopy(learner)
     groups = [{"params": [critic["E"]]}, {"params": [critic["log_kappa"]]}]
     optimizers = dict(optimizer=adamw(learner, learning_rate), critic_optimizer=torch.optim.Adam(groups))
-    pool = dict(learner=mover, optimizer=adamw(mover, learning_rate), index=None)
-    kept = dict(pool=[{} for _ in range(POOL)], restarts=0, found=[], index_from=None)
+    mover = dict(learner=other, optimizer=adamw(other, learning_rate), index=None)
+    kept = dict(pool=[{} for _ in range(POOL_SIZE)], restarts=0, found=[], index_from=None)
     phases = Phases(run, corpus, dict(learner=learner, critic=critic, **optimizers), kept, read=learner,
                     rate=rate, judge=lambda: critic, examine=lambda: examine(phases),
                     ask=lambda *who: ask(phases, *who, meta_steps + phases.step))
@@ -416,7 +418,7 @@ def main():
                 groups, left = optimizers["critic_optimizer"].param_groups, meta_steps - step
                 for group, top in zip(groups, (critic_rate, scalar_rate)):
                     group["lr"] = top * left / (meta_steps - pretrain)
-                critic_step(phases, step - pretrain, pool)
+                critic_step(phases, step - pretrain, mover)
     if phases.snapshot is None:
         streams, probe = phases.at["streams"][:pretrain].cpu(), phases.row["agreement_probe"]
         for step in range(max(0, len(streams) - MEMORY), len(streams)):  # agreement: as the critic has it now

@@ -204,7 +204,7 @@ def mixed_product(learner, theta, phi, x, teacher, w):
 def second_order(learner, critic, text, own, outer_text, average):
     """How the critic should have moved the learner's step: (dφ = ∂O(θ′)/∂φ by name, gain of the step, nats).
 
-    θ′ = θ − a u is one step on the critic's distribution, O the cross entropy of other text. dφ is linear in
+    θ′ is one step on the critic's distribution, O the cross entropy of other text. dφ is linear in
     what each rank sees and is averaged with the other gradients.
     """
     x, obs = text[:, :-1], text[:, 1:]
@@ -299,9 +299,9 @@ def check():
 
 def rate(arm, step):
     """The learning rate of a step: a warm-up, then constant."""
-    at = step if arm == "meta" else meta_steps + step
+    count = step if arm == "meta" else meta_steps + step
     share = 1.0 if arm in ("meta", "real") else self_rate
-    return share * learning_rate * min(1.0, (at + 1) / max(1, warmup))
+    return share * learning_rate * min(1.0, (count + 1) / max(1, warmup))
 
 
 def main():

@@ -82,7 +82,7 @@ def toy_phases(learner, critic, **parts):
     phases.corpus, phases.tally = SimpleNamespace(train=tokens, val=tokens), {}
     phases.settings = dict(batch_size=2, block_size=8, seed=1, grad_clip=1.0)
     phases.parts = dict(learner=learner, critic=critic, **parts)
-    phases.at = dict(kept=dict(pool=[{} for _ in range(mg.POOL)], restarts=0, found=[], index_from=None))
+    phases.at = dict(kept=dict(pool=[{} for _ in range(mg.POOL_SIZE)], restarts=0, found=[], index_from=None))
     return phases
 
 
