@@ -35,8 +35,8 @@ SELF_PHASE = ("arms", "self_steps", "hack_margin", "ema_decay", "eval_interval",
 
 
 def refuse(message):
-    """Bad input ends here: one line or two on stderr (of rank 0 alone) and exit code 2."""
-    if os.environ.get("RANK", "0") == "0":
+    """Bad input ends here: one line or two on stderr, from each node's first rank, and exit code 2."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -170,6 +170,10 @@ def check_common(settings):
             refuse(f"{name}={settings[name]} must be above 0")
     if settings["seed"] >= 2**63:
         refuse(f"seed={settings['seed']} must be below 2**63")
+    for name in ("start", "critic_from"):
+        folder, out_dir = settings.get(name), settings.get("out_dir", "")
+        same = folder and os.path.realpath(folder) == os.path.realpath(out_dir)
+        refuse_if(same, f"{name}={folder!r} is out_dir too, and would be moved aside; name another --out_dir")
     share = settings.get("ema_decay", 0)
     refuse_if(share >= 1, f"ema_decay={share} must be below 1: it is the share of the old weights that stays")
     n_embd, n_head = settings["n_embd"], settings["n_head"]

@@ -1,5 +1,5 @@
 """
-The mathematics that the three stages share, each piece once: praise, the moving average, and one inner step
+The mathematics that more than one stage uses, each piece once: praise, the moving average, and one inner step
 with its way back. θ (theta) is the learner, φ (phi) the critic; weights and gradients are dicts of tensors by
 name.
 

@@ -27,7 +27,7 @@ If no own token has the gist of x, the truth is "none of these", an outcome of i
 tokens are sampled, and learned from by the score function.
 
 An arm is one self phase. real: cross entropy. frozen, self, ema: the critic is the learner of the end of the
-meta phase, of now, or its moving average. shuffled, sharpen: as frozen, but x is another text's, or what the
+meta phase, now, or its moving average. shuffled, sharpen: as frozen, but x is another text's, or what the
 learner is likeliest to say. forecast, random: what the critic expects next, or random numbers, for gists.
 """
 import copy
@@ -97,7 +97,7 @@ wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Bia
 
 ARMS = ("real", "self", "frozen", "ema", "shuffled", "sharpen", "forecast", "random")
 # Settings that the meta phase does not read, beside those of configurator.SELF_PHASE.
-SELF_PHASE = ("span", "every", "candidates", "distance", "tau", "critic_from", "order", "order_steps",
+UNREAD_BY_META = ("span", "every", "candidates", "distance", "tau", "critic_from", "order", "order_steps",
               "inner_length")
 # Independent streams of data and of random numbers.
 TEXT, FOREIGN, CHANCE, RULER, PROBE, TABLE, INNER, OUTER = range(8)
@@ -183,26 +183,28 @@ def energy_loss(logp, d2, target):
 LOSS = dict(praise=praise_loss, energy=energy_loss, plain=plain_loss)  # logp, target: [..., M + 1]
 
 
-def hear(phases, arm, learner, critic, space, lay, text, foreign, starts, step):
+def hear(phases, arm, learner, critic, space, lay, text, starts, step):
     """(own spans, log probabilities, d2, target, agreement, logits): own spans beside those of the text, int
-    [B, T + 1]; in the arm shuffled of the foreign one. agreement: of target and truth, if among them."""
+    [B, T + 1]; in the arm shuffled another's. agreement: of target and truth, if that is among own spans."""
     x, truth = text[:, :-1], spans_at(text, starts, span)
     own, logp, logits = own_spans(phases, learner, lay, x, starts, step)
-    seen = dict(sharpen=own[:, :, 0], shuffled=spans_at(foreign, starts, span)).get(arm, truth)
+    foreign = spans_at(phases.text(meta_steps + step, FOREIGN), starts, span) if arm == "shuffled" else truth
+    seen = own[:, :, 0] if arm == "sharpen" else foreign
     with torch.no_grad():  # gists are data to the learner
         past = past_of(space, critic, lay, x)
         g = vectors(space, critic, lay, past, starts, torch.cat((own, seen.unsqueeze(2)), 2))
     d2, among = squared_distances(g), (own == truth.unsqueeze(2)).all(-1)
     target = target_of(d2)
-    agreement = (target[..., :-1] * among).sum() / among.any(-1).sum().clamp_min(1)
+    counts = torch.stack(((target[..., :-1] * among).sum(), among.any(-1).sum()))
+    phases.run.average([counts])  # a ratio of means, so that ranks agree
+    agreement = counts[0] / counts[1].clamp_min(1e-6)
     return own, logp, d2, target, agreement, logits
 
 
-def self_loss(phases, arm, learner, critic, space, lay, text, foreign, step, tally):
+def self_loss(phases, arm, learner, critic, space, lay, text, step, tally):
     """Distance of own and true gists, in mean over prefixes: what an arm trains on."""
     starts = own_starts(text.device, step)
-    heard = hear(phases, arm, learner, critic, space, lay, text, foreign, starts, step)
-    _, logp, d2, target, agreement, logits = heard
+    _, logp, d2, target, agreed, logits = hear(phases, arm, learner, critic, space, lay, text, starts, step)
     if span == 1:
         loss = LOSS[distance](logp, d2, target).mean()
     else:
@@ -210,7 +212,7 @@ def self_loss(phases, arm, learner, critic, space, lay, text, foreign, step, tal
         value, weight = score_function(far, proper=distance != "plain")
         loss = (weight * logp).mean()
         loss = loss + (value.mean() - loss).detach()
-    note(tally, loss, logits.detach().log_softmax(-1), text[:, 1:-1], agreement=agreement,
+    note(tally, loss, logits.detach().log_softmax(-1), text[:, 1:-1], agreement=agreed,
          echo=target[..., 0].mean(), outside=target[..., -1].mean(),  # the likeliest own token comes first
          target_entropy=torch.special.entr(target).sum(-1).mean())
     return loss
@@ -284,7 +286,7 @@ def calibrate(phases, learner, critic, space, lay):
         for step in range(1, RULER_STEPS + 1):
             with phases.run.autocast():
                 text = phases.text(step, RULER)
-                self_loss(phases, "frozen", learner, critic, space, lay, text, text, step, tally)
+                self_loss(phases, "frozen", learner, critic, space, lay, text, step, tally)
         phases.run.average([tally["stream"]])
         agreement = examine(phases.run, phases.corpus, critic, space, lay)["agreement_probe"]
         phases.watch.calibrate(tally["stream"].cpu(), batch_size * block_size, agreement, 4 * block_size)
@@ -296,9 +298,8 @@ def calibrate(phases, learner, critic, space, lay):
 def ask(phases, learner, critic, space, lay):
     """(own, observation, target, agreement) on the text to come as the arm reads it: first tokens of spans,
     of its first row. target: of the critic's heaviest, None where that is none of the own spans."""
-    texts = [phases.text(meta_steps + phases.step, stream) for stream in (TEXT, FOREIGN)]
-    text, starts = texts[0], own_starts(texts[0].device)
-    own, _, _, target, agreement, _ = hear(phases, phases.arm, learner, critic, space, lay, *texts, starts, 0)
+    text, starts, arm = phases.text(meta_steps + phases.step), own_starts(phases.run.device), phases.arm
+    own, *_, target, agreement, _ = hear(phases, arm, learner, critic, space, lay, text, starts, phases.step)
     said = own[0, ..., 0].tolist()
     named = [(spans + [None])[heaviest] for spans, heaviest in zip(said, target[0].argmax(-1).tolist())]
     return [spans[0] for spans in said], text[0, starts].tolist(), named, agreement
@@ -346,7 +347,7 @@ def set_up(run, corpus, masks, lay):
         theirs = read_bottleneck(critic_from, run.device, corpus_id(corpus),
                                  vocab=vocab, chunk=chunk, n_gist=n_gist)
     sizes = {k: theirs[k] for k in ("n_layer", "n_head", "n_embd")}  # of the critic
-    n_special = n_gist + 1  # one row more than is used: the weights of earlier runs fit
+    n_special = n_gist + 1  # a row more than is used, as in the runs behind results/
     new = lambda *sizes: GPT(GPTConfig(vocab, n_special, *sizes)).to(run.device, run.weight_dtype)
     for how in masks:
         torch.manual_seed(seed)
@@ -359,12 +360,11 @@ def set_up(run, corpus, masks, lay):
                  **{f"optimizer_{how}": optimizers[how] for how in masks[1:]})
     judge = lambda: learner if phases.arm == "meta" else critic
 
-    def columns():
+    def columns():  # of the log
         found = {} if phases.arm == "real" else examine(run, corpus, judge(), space_of(phases), lay)
         for how in masks[1:] if phases.arm == "meta" else ():
             found[f"gold_{how}"], _ = phases.gold(lambda x: read(models[how], lay, x, how))
         return dict(outside=None, **found)
-
     phases = Phases(run, corpus, parts, dict(sizes=sizes, spaces={}, watches={}, found={}),
                     read=lambda x: read(learner, lay, x), rate=rate, judge=judge, examine=columns,
                     ask=lambda learner, critic: ask(phases, learner, critic, space_of(phases), lay))
@@ -402,7 +402,7 @@ def main():
     corpus, lay = read_corpus(run, block_size), layout(block_size, chunk, n_gist, vocab, run.device)
     models, optimizers, critic, theirs, phases = set_up(run, corpus, masks, lay)
     learner = models["gist"]
-    phases.begin(SELF_PHASE)
+    phases.begin(UNREAD_BY_META)
     for model in models.values() if compile else ():
         model.compile()
 
@@ -416,13 +416,13 @@ def main():
                 loss = real_loss(models[how], lay, text, how, phases.tally if how == "gist" else None)
             loss.backward()
             phases.take_step(models[how], optimizers[how], noted=how == "gist")
-    phases.drop(f"optimizer_{how}" for how in masks[1:])
+    phases.drop(*(f"optimizer_{how}" for how in masks[1:]))
     if phases.snapshot is None:
         texts = val_windows(corpus.val, eval_windows, block_size + 1).to(run.device)
         phases.kept["found"] = carried(models, lay, texts, chunk, batch_size, run.autocast)
         run.say(f"cross entropy of later chunks, and what gists carry: {phases.kept['found']}")
         phases.take_snapshot()
-    phases.drop(masks[1:])
+    phases.drop(*masks[1:])
     if phases.arm == "start":
         begin_arms(phases, learner, critic, theirs, lay)
 
@@ -432,12 +432,12 @@ def main():
         if phases.at["step"] == 0:
             calibrate(phases, learner, critic, space, lay)
         for step in phases.steps(self_steps):
-            texts = [phases.text(meta_steps + step, stream) for stream in (TEXT, FOREIGN)]
+            text = phases.text(meta_steps + step)
             with run.autocast():
                 if arm == "real":
-                    loss = real_loss(learner, lay, texts[0], "gist", phases.tally)
+                    loss = real_loss(learner, lay, text, "gist", phases.tally)
                 else:
-                    loss = self_loss(phases, arm, learner, critic, space, lay, *texts, step, phases.tally)
+                    loss = self_loss(phases, arm, learner, critic, space, lay, text, step, phases.tally)
             loss.backward()
             phases.take_step(learner, optimizers["gist"])
             if arm in ("self", "ema"):

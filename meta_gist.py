@@ -24,8 +24,7 @@ says next there; elsewhere nothing. m_ji never sees x_i, so A is zero at the tru
 An arm is one self phase. real: θ learns from the true tokens. frozen, self, ema: from the signal of φ as the
 meta phase left it, moved as far as the learner has since, or by a moving average of that. shuffled, sharpen:
 as frozen, but the observation x is another text's, or what the learner says itself. first, frozen_first: as
-real and frozen, at the first token of each chunk alone: a chunk is worth what is learned beyond it. Gold is
-held-out cross entropy, by which arms are compared.
+real and frozen, at the first token of each chunk alone. Arms are compared by gold, held-out cross entropy.
 """
 import copy
 import math
@@ -62,7 +61,7 @@ val_chunks = "random"   # "next" | "random" | "similar": what judges: the text t
 outer_batch = 64        # sequences that judge
 critic_rate = 0.1       # Adam's learning rate of E, falling to 0 in a line; its entries are of about 1
 scalar_rate = 0.03      # the same of log κ
-pool_steps = 100        # steps after which a learner of the pool starts again; sooner if its gold is hacked
+pool_steps = 100        # steps after which a learner of the pool starts again; sooner if it gets worse
 # --- self phase
 self_rate = 1.0         # learning rate of the self phase, as a share of learning_rate
 ema_decay = 0.999       # arm ema: the share by which the critic stays behind the learner, each step
@@ -96,11 +95,11 @@ wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Bia
 ARMS = ("real", "first", "self", "frozen", "frozen_first", "ema", "shuffled", "sharpen")
 FIRST = ("first", "frozen_first")  # learn of the first token of a chunk alone, which follows a true prefix
 # Settings that the meta phase does not read, beside those of configurator.SELF_PHASE.
-SELF_PHASE = ("self_rate",)
+UNREAD_BY_META = ("self_rate",)
 # Independent streams of data and of random numbers; MEASURE takes four.
-TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE = range(7)
+TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED = range(12)
 KAPPA_A, NU = 20.0, 0.8  # of the match of gists: its sharpness, and the cosine at which it is a half
-POOL_SIZE = 4            # learners that the critic is trained on: half move by the signal, half by real text
+POOL_SIZE, WORSE = 4, 0.2  # learners that the critic is trained on; nats of O above its best that end one
 INDEX_EVERY = 100        # meta steps after which the index of texts is made anew, for val_chunks = "similar"
 
 
@@ -114,7 +113,8 @@ def kernel(phi):
 
 def match(gists, gists_true):
     """m_ji [B, R, n, k, k], divided by that of two gists that are the same, so that chunk = 1 is A = r."""
-    cos = F.normalize(gists, dim=-1) @ F.normalize(gists_true, dim=-1)[:, None].transpose(-2, -1)
+    a, b = F.normalize(gists, dim=-1).unsqueeze(-2), F.normalize(gists_true, dim=-1)[:, None, :, None]
+    cos = (a * b).sum(-1)  # no matrix product, which autocast would take in bfloat16
     return (KAPPA_A * (cos - NU)).sigmoid() * (1 + math.exp(-KAPPA_A * (1 - NU)))
 
 
@@ -231,7 +231,7 @@ def meta_texts(phases, number, index):
         outer = windows(tokens, found.flatten().numpy(), T + 1).to(run.device)
     else:
         outer = phases.text(number, OUTER, rows=outer_batch)
-    return [text[:, :T + 1] for text in texts], [chance(phases, k, INNER) for k in steps], outer
+    return [text[:, :T + 1] for text in texts], [chance(phases, k, ROLLOUT) for k in steps], outer
 
 
 def observed(phases, arm, learner, text, step, u):
@@ -284,23 +284,23 @@ def critic_step(phases, number, mover):
         mover["index"] = make_index(phases.corpus.train, kept["index_from"])
     batch, theta, phi = meta_texts(phases, number, mover["index"]), by_name(mover["learner"]), by_name(critic)
     dphi, judged, (g, (loss, (logp, told))) = meta_step(learner, theta, phi, *batch, run.average)
-    texts, _, _ = batch
-    note(phases.tally, loss, logp, texts[0][:, 1:], told)
+    text = batch[0][0]
+    note(phases.tally, loss, logp, text[:, 1:], told)
     phases.take_step(critic, parts["critic_optimizer"], dphi)
     if turn >= POOL_SIZE // 2:
-        g, _ = real_gradient(learner, theta, texts[0])
+        g, _ = real_gradient(learner, theta, text)
         run.average(list(g.values()))
     phases.take_step(mover["learner"], mover["optimizer"], g, noted=False)
     judged = run.mean(judged)
     member.update(learner=copy.deepcopy(mover["learner"].state_dict()), age=member["age"] + 1,
                   optimizer=mover["optimizer"].state_dict(), best=min(member["best"], judged))
-    if member["age"] >= pool_steps or judged > member["best"] + 2 * hack_margin:  # old, or hacked
+    if member["age"] >= pool_steps or judged > member["best"] + WORSE:
         kept["restarts"] += member["age"] < pool_steps
         member.clear()
 
 
 @torch.no_grad()
-def follow(phases, decay):
+def shift_critic(phases, decay):
     """The critic of self and ema is the learner plus what the meta phase made it differ by: E moves as far as
     the learner's embeddings have since the snapshot, at once (decay 0) or by 1 − decay of the way a step."""
     then, now = phases.snapshot, phases.parts["learner"].embed.weight
@@ -320,7 +320,7 @@ def measure(phases, theta, number):
     learner, phi, average = phases.parts["learner"], by_name(phases.parts["critic"]), phases.run.average
     text, again, foreign, other = (phases.text(number, MEASURE + k, outer_batch, split="val")
                                    for k in range(4))
-    u = chance(phases, number, MEASURE, outer_batch)
+    u = chance(phases, number, MEASURED, outer_batch)
     signal_g, shuffled_g, again_g = (inner_gradient(learner, theta, phi, t, seen[:, 1:], u, average)[1]
                                      for t, seen in ((text, text), (text, foreign), (again, again)))
     real, real_again = (real_gradient(learner, theta, t)[0] for t in (text, again))
@@ -372,9 +372,9 @@ def check():
     refuse_if(chunk < 1 or block_size % chunk, f"chunk={chunk} must divide block_size={block_size}")
     refuse_if(chunk == 1 and set(FIRST) & set(names),
               f"arms={arms!r}: first, frozen_first need a chunk of 2 or more")
-    refuse_if(samples < 1, f"samples={samples} must be above 0")
     refuse_if(not 1 <= inner_steps <= 8, f"inner_steps={inner_steps} must be from 1 to 8")
-    refuse_if(min(kappa, inner_length) <= 0, f"kappa={kappa} and inner_length={inner_length} must be above 0")
+    refuse_if(min(samples, kappa, inner_length) <= 0,
+              f"samples={samples}, kappa={kappa} and inner_length={inner_length} must be above 0")
     refuse_if(outer_batch < batch_size or outer_batch % batch_size,
               f"outer_batch={outer_batch} must be a multiple of batch_size={batch_size}")
     refuse_if(val_chunks == "similar" and block_size % PIECE,
@@ -404,7 +404,7 @@ def main():
     phases = Phases(run, corpus, dict(learner=learner, critic=critic, **optimizers), kept, read=learner,
                     rate=rate, judge=lambda: critic, examine=lambda: examine(phases),
                     ask=lambda *who: ask(phases, *who, meta_steps + phases.step))
-    phases.begin(SELF_PHASE)
+    phases.begin(UNREAD_BY_META)
     if compile:  # whole functions: inside torch.func's transforms a compiled module runs as it is written
         for function in (real_gradient, signal_gradient, mixed_product):
             globals()[function.__name__] = torch.compile(function)
@@ -421,7 +421,7 @@ def main():
                 critic_step(phases, step - pretrain, mover)
     if phases.snapshot is None:
         streams, probe = phases.at["streams"][:pretrain].cpu(), phases.row["agreement_probe"]
-        for step in range(max(0, len(streams) - MEMORY), len(streams)):  # agreement: as the critic has it now
+        for step in range(len(streams))[-max(MEMORY, pretrain // 5):]:  # agreement with the critic of the end
             streams[step, 1] = run.mean(ask(phases, learner, critic, step)[-1])
         phases.watch.calibrate(streams, batch_size * block_size, probe, 4 * block_size)
         phases.kept["pool"] = []
@@ -439,7 +439,7 @@ def main():
                 else:
                     signal_step(phases, arm, text, meta_steps + step)
             if arm in ("self", "ema"):
-                follow(phases, ema_decay if arm == "ema" else 0.0)
+                shift_critic(phases, ema_decay if arm == "ema" else 0.0)
     last = [f for f in phases.kept["found"] if f["step"] > meta_steps - max(1, meta_steps // 10)]
     found = {k: sum(f[k] for f in last) / len(last) for k in last[0] if k != "step"}
     run.say("one inner step on held-out text: " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))

@@ -112,10 +112,9 @@ class Phases:
         self.at.update(arm="start", meta=self.at["track"], snapshot=copy.deepcopy(state),
                        streams=self.at["streams"][:0])
 
-    def drop(self, names):
+    def drop(self, *names):
         """Parts that the self phase does not need; what the snapshot has of them stays."""
-        for name in names:
-            del self.parts[name]
+        self.parts = {name: part for name, part in self.parts.items() if name not in names}
 
     def arms(self, names):
         """Each arm of `names`: put back to the snapshot, or gone on with; keeps its end."""
@@ -154,12 +153,12 @@ class Phases:
         self.run.log(self.row)
         self.run.show(self.row, n)
         hacked = track_gold(track, self.row, self.settings["hack_margin"])
-        if stream is None:
-            return
-        if self.arm == "meta":
+        if self.arm == "meta" and stream is not None:
             self.at["streams"] = torch.cat((self.at["streams"], stream))
+        if self.arm == "meta" or stream is None:
             return
-        stream, probe = stream.cpu(), self.row.get("agreement_probe")
+        probe = torch.tensor(self.row.get("agreement_probe") or 0.0, device=self.run.device)
+        stream, probe = stream.cpu(), self.run.mean(probe)  # so that all ranks alarm together
         listens = ("surprise", "entropy") if self.arm in REAL else tuple(STREAMS)
         self.alarms = self.watch.update(step, stream, probe, listens)
         if hacked:
@@ -198,7 +197,7 @@ class Phases:
     def report(self, why):
         """A page in hacks/: critic and learner of now and of the snapshot, crossed, on the text to come."""
         now, judged, texts = dict(learner=self.parts["learner"], critic=self.judge()), {}, {}
-        times = dict(then=copy.deepcopy(now), now=now)
+        times = dict(then={role: copy.deepcopy(module) for role, module in now.items()}, now=now)
         for role, module in times["then"].items():
             module.load_state_dict(self.snapshot[role])
         for c, o in itertools.product(times, times):

@@ -22,7 +22,7 @@ COLOUR = dict(meta="0.6", real="k", first="0.4", frozen="tab:green", frozen_firs
 # 97.5 % points of Student's t for n - 1 degrees of freedom, n = 2 to 10; beyond, 1.96 + 2.5 / (n - 1) is
 # within 1 %.
 STUDENT = dict(zip(range(2, 11), (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)))
-NOT_COMPARED = ("seed", "out_dir", "start", "critic_from", *FREE_ON_RESUME)
+NOT_COMPARED = ("seed", "out_dir", "start", *FREE_ON_RESUME)
 # The panels of a hack report: what of its rows is drawn together.
 PANELS = (("gold_nats", "surprise", "proxy"), ("agreement", "agreement_probe", "echo"),
           ("output_entropy", "target_entropy"))
@@ -54,6 +54,8 @@ def read_run(folder):
 def group_by_settings(runs):
     """Lists of runs that differ by seed alone, by the settings that tell each from the others, as text."""
     keys = [{k: v for k, v in s["config"].items() if k not in NOT_COMPARED} for s, _ in runs]
+    for key in keys:  # whether another run's critic taught, not which seed's
+        key.update(critic_from=bool(key.get("critic_from")))
     differing = sorted({k for a in keys for k in a if any(a[k] != b.get(k, a[k]) for b in keys)})
     groups = {}
     for key, run in zip(keys, runs):

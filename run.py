@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from configurator import check_common, configure, keep_saved, refuse
 
-FORMAT = "metalearn-1"
+FORMAT = "metalearn-2"
 GROWING = ("log.jsonl", "samples.txt")  # resuming cuts them to their length at the checkpoint
 
 
@@ -101,12 +101,12 @@ class Run:
             if free < need_bytes:
                 refuse(f"out_dir={str(self.out_dir)!r}: {free / 1e6:.0f} MB are free there and the run needs "
                        f"about {need_bytes / 1e6:.0f} MB; free some or choose another --out_dir")
-            if self.settings["wandb_log"] != "no":
-                self._start_wandb()
             try:
                 self._move_aside()
                 self.out_dir.mkdir(parents=True, exist_ok=True)
                 self._take_lock()
+                if self.settings["wandb_log"] != "no":
+                    self._start_wandb()
                 if self.resumed:
                     self._take_back()
                 self.write_json("config.json", self.settings)  # first: it tells that the folder is a run's

@@ -28,10 +28,10 @@ import copy
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call, grad, grad_and_value, jvp
+from torch.func import grad, grad_and_value, jvp
 
 from configurator import chosen, refuse_if
-from equations import follow, inner_step, pull_back
+from equations import bound, by_name, follow, inner_step, pull_back
 from model import GPT, GPTConfig, adamw
 from phases import Phases, read_corpus
 from prepare_data import val_windows
@@ -83,9 +83,9 @@ wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Bia
 
 ARMS = ("real", "self", "frozen", "ema", "shuffled", "sharpen")
 # Settings that the meta phase does not read, beside those of configurator.SELF_PHASE.
-SELF_PHASE = ("target", "self_rate", "keep_meta", "rescue_steps")
+UNREAD_BY_META = ("target", "self_rate", "keep_meta", "rescue_steps")
 # Independent streams of data and of random numbers.
-TEXT, FOREIGN, CHANCE, OUTER, KEPT, PROBE, ADVERSARY, RESCUE = range(8)
+TEXT, FOREIGN, _, OUTER, KEPT, PROBE, ADVERSARY, RESCUE = range(8)
 ORDER_2 = 10.0  # weight of the second-order update beside the first-order gradient
 
 
@@ -97,8 +97,7 @@ def triples(own, obs):
 
 
 def critic_logits(critic, own, obs):
-    """[B, T, V]: what the critic names at each LOSS, having read own output and observation, int [B, T]
-    both."""
+    """[B, T, V]: what the critic names at each LOSS, having read own and obs, int [B, T] both."""
     return critic(triples(own, obs), read=slice(2, None, 3))
 
 
@@ -109,8 +108,7 @@ def cross_entropy(logits, tokens):
 
 @torch.no_grad()  # the target is data to the learner: no gradient may flow into the critic through it
 def critic_target(critic, own, obs):
-    """What the critic names: its likeliest tokens [B, T], or its distribution [B, T, V] if `target` is
-    soft."""
+    """What the critic names: its likeliest tokens [B, T], or, soft, its distribution [B, T, V]."""
     named = critic_logits(critic, own, obs)
     return named.softmax(-1) if target == "soft" else named.argmax(-1)
 
@@ -152,19 +150,19 @@ def meta_loss(phases, learner, text, step, tally, hacked=None):
     return loss, own
 
 
-def self_loss(arm, learner, critic, text, seen, tally):
-    """CE(p, target): the target is what the critic names, having read own output and observation. Nats a
-    token.
+def observed(phases, arm, text, step):
+    """What the critic reads as the observation [B, T] of a text; None: the own output."""
+    if arm == "sharpen":
+        return None
+    return phases.text(step, FOREIGN)[:, 1:] if arm == "shuffled" else text[:, 1:]
 
-    seen: the observation [B, T] that the critic reads; that of the text, but for the arm shuffled.
-    """
+
+def self_loss(arm, learner, critic, text, seen, tally):
+    """CE(p, target), nats a token: the target is what the critic names, having read own output and `seen`."""
     x, obs = text[:, :-1], text[:, 1:]
     logits = learner(x)
     own = logits.detach().argmax(-1)
-    if arm == "real":
-        named = obs
-    else:
-        named = critic_target(critic, own, own if arm == "sharpen" else seen)
+    named = obs if arm == "real" else critic_target(critic, own, own if seen is None else seen)
     loss = cross_entropy(logits, named)
     told = named if named.dim() == 2 else named.argmax(-1)
     note(tally, loss, logits.detach().log_softmax(-1), obs, told)
@@ -181,7 +179,7 @@ def practice(phases, learner, step):
 
 def log_p(learner, theta, x, **options):
     """log p_θ(v), [B, T, V], on text x."""
-    return functional_call(learner, theta, (x,), options).log_softmax(-1)
+    return bound(learner, theta)(x, **options).log_softmax(-1)
 
 
 def inner_loss(teacher, logp):
@@ -195,10 +193,9 @@ def outer_loss(learner, theta, text):
 
 
 def mixed_product(learner, theta, phi, x, teacher, w):
-    """∂_φ ⟨∇_θ L, w⟩ = ∂_φ [−Σ_v T_φ(v) ℓ̇(v)], with ℓ̇ = d/dε log p_{θ+εw}: one forward derivative is
-    enough."""
-    _, rate = jvp(lambda th: log_p(learner, th, x, fused=False), (theta,), (w,))
-    return dict(zip(phi, torch.autograd.grad(inner_loss(teacher, rate), list(phi.values()))))
+    """∂_φ ⟨∇_θ L, w⟩ = ∂_φ [−Σ_v T_φ(v) ℓ̇(v)], with ℓ̇ = d/dε log p_{θ+εw}, one forward derivative."""
+    _, moves = jvp(lambda th: log_p(learner, th, x, fused=False), (theta,), (w,))
+    return dict(zip(phi, torch.autograd.grad(inner_loss(teacher, moves), list(phi.values()))))
 
 
 def second_order(learner, critic, text, own, outer_text, average):
@@ -208,10 +205,8 @@ def second_order(learner, critic, text, own, outer_text, average):
     what each rank sees and is averaged with the other gradients.
     """
     x, obs = text[:, :-1], text[:, 1:]
-    theta = {n: p.detach() for n, p in learner.named_parameters()}
-    phi = {n: p.detach().requires_grad_() for n, p in critic.named_parameters()}
-    call = lambda tokens, **options: functional_call(critic, phi, (tokens,), options)
-    teacher = critic_logits(call, own, obs).softmax(-1)
+    theta, phi = by_name(learner), {n: p.requires_grad_() for n, p in by_name(critic).items()}
+    teacher = critic_logits(bound(critic, phi), own, obs).softmax(-1)
     g = grad(lambda th: inner_loss(teacher.detach(), log_p(learner, th, x)))(theta)
     average(list(g.values()))
     moved = inner_step(theta, g, inner_length)
@@ -258,8 +253,7 @@ def rescue(phases, step):
 # ---- what the log and the reports show
 
 def stored_probe(run, corpus):
-    """(own, obs), int [4, T] both: random strings beside held-out text, on which a critic can be asked at any
-    time."""
+    """(own, obs), int [4, T] both: random strings beside held-out text, to ask a critic at any time."""
     obs = val_windows(corpus.val, 4, block_size + 1)[:, 1:]
     own = np.random.default_rng([seed, PROBE]).integers(0, vocab, tuple(obs.shape))
     return torch.from_numpy(own).to(run.device), obs.to(run.device)
@@ -267,8 +261,7 @@ def stored_probe(run, corpus):
 
 @torch.no_grad()
 def examine(run, critic, probe):
-    """How the critic stands on the stored probe: {agreement_probe: share of tokens named that are the
-    observation}."""
+    """{agreement_probe: share of tokens that the critic names right on the stored probe}."""
     own, obs = probe
     with run.autocast():
         named = critic_logits(critic, own, obs).argmax(-1)
@@ -277,12 +270,11 @@ def examine(run, critic, probe):
 
 @torch.no_grad()
 def ask(phases, learner, critic):
-    """(own, observation, target, agreement) on the text to come, as the arm reads it; tokens of its first
-    row."""
-    text, foreign = (phases.text(meta_steps + phases.step, stream) for stream in (TEXT, FOREIGN))
-    own, obs = learner(text[:, :-1]).argmax(-1), text[:, 1:]
-    seen = dict(shuffled=foreign[:, 1:], sharpen=own).get(phases.arm, obs)
-    named = critic_logits(critic, own, seen).argmax(-1)
+    """(own, observation, target: tokens of the first row; agreement) on the text to come, as in the arm."""
+    step = meta_steps + phases.step
+    text = phases.text(step)
+    own, obs, seen = learner(text[:, :-1]).argmax(-1), text[:, 1:], observed(phases, phases.arm, text, step)
+    named = critic_logits(critic, own, own if seen is None else seen).argmax(-1)
     return own[0].tolist(), obs[0].tolist(), named[0].tolist(), (obs == named).float().mean()
 
 
@@ -316,7 +308,7 @@ def main():
     phases = Phases(run, corpus, dict(learner=learner, critic=critic, optimizer=optimizer), dict(good=None),
                     read=learner, rate=rate, judge=judge, examine=lambda: examine(run, judge(), probe),
                     ask=lambda *who: ask(phases, *who))
-    phases.begin(SELF_PHASE)
+    phases.begin(UNREAD_BY_META)
     if compile:
         learner.compile(), critic.compile()
 
@@ -344,9 +336,9 @@ def main():
             if rescue_steps and arm != "real" and step % eval_interval == 0:
                 rescue(phases, step) if phases.alarms else keep_good(phases, step)
             text = phases.text(meta_steps + step)
-            seen = phases.text(meta_steps + step, FOREIGN) if arm == "shuffled" else text
+            seen = observed(phases, arm, text, meta_steps + step)
             with run.autocast():
-                loss = self_loss(arm, learner, judge(), text, seen[:, 1:], phases.tally)
+                loss = self_loss(arm, learner, judge(), text, seen, phases.tally)
                 if keep_meta and arm in ("self", "ema"):
                     loss = loss + keep_meta * practice(phases, learner, step)
             loss.backward()

@@ -37,7 +37,7 @@ def own_chance(step, shape, stream, rows=None):
     return torch.rand(2, *shape, generator=torch.Generator().manual_seed(step))
 
 
-PHASES = SimpleNamespace(chance=own_chance)
+PHASES = SimpleNamespace(chance=own_chance, run=SimpleNamespace(average=lambda tensors: None))
 
 
 # ---- the losses
@@ -105,7 +105,7 @@ def test_sampled_spans_train_by_the_distance_that_is_asked_for(toy, monkeypatch,
     for distance in gb.LOSS:
         monkeypatch.setattr(gb, "distance", distance)
         learner.zero_grad()
-        loss = gb.self_loss(PHASES, "frozen", learner, critic, Space("gist"), lay, text, foreign, 0, {})
+        loss = gb.self_loss(PHASES, "frozen", learner, critic, Space("gist"), lay, text, 0, {})
         loss.backward()
         found.append((round(loss.item(), 6), round(learner.head.weight.grad.abs().sum().item(), 6)))
     losses, gradients = map(set, zip(*found))
@@ -117,7 +117,8 @@ def test_each_arm_reads_what_its_name_says(toy):
     learner, critic, lay, text, foreign = toy
     starts = gb.own_starts("cpu")
     for arm, seen in (("frozen", text), ("shuffled", foreign), ("sharpen", None)):
-        own, _, d2, *_ = gb.hear(PHASES, arm, learner, critic, Space("gist"), lay, text, foreign, starts, 0)
+        phases = SimpleNamespace(**vars(PHASES), text=lambda step, stream: foreign)
+        own, _, d2, *_ = gb.hear(phases, arm, learner, critic, Space("gist"), lay, text, starts, 0)
         seen = own[:, :, 0] if seen is None else spans_at(seen, starts, 1)
         same = (own == seen.unsqueeze(2)).all(-1)
         assert torch.equal(d2[..., -1, :-1] < 1e-10, same) and same.any() and not same.all()
@@ -271,7 +272,9 @@ def test_two_ranks_compute_what_one_does(tmp_path, monkeypatch, form):
     in_process(monkeypatch, SCRIPT, *settings, f"--out_dir={one}")
     finish(SCRIPT, *settings, f"--out_dir={two}", ranks=2)
     for a, b in zip(log(one), log(two), strict=True):
-        assert a["arm"] == b["arm"] and a["gold_nats"] == pytest.approx(b["gold_nats"], abs=1e-5), (a, b)
+        for key in a:
+            near = pytest.approx(a[key], rel=1e-4, abs=1e-5) if isinstance(a[key], float) else a[key]
+            assert b[key] == near, (a["arm"], a["step"], key)
     for part in ("learner", "critic"):
         a, b = (load(folder / "ckpt.pt")[part] for folder in (one, two))
         assert max((a[n] - b[n]).abs().max() for n in a) < 1e-5, part

@@ -198,7 +198,7 @@ def test_forward_mode_keeps_its_digits_in_bfloat16(monkeypatch, chunk):
     monkeypatch.setattr(mg, "write_chunks", lambda *a: said.pop(0))  # other digits would draw other words
     with torch.autocast("cpu", torch.bfloat16):
         rough = mg.meta_step(learner, theta, phi, texts, chances, outer, alone)[0]
-    assert 0 < apart(rough, exact) < 0.05
+    assert 0 < apart(rough, exact) < (0.05 if chunk == 1 else 0.1)  # a match sharpens the digits of gists
 
 
 # ---- the signal
@@ -272,7 +272,7 @@ def test_first_and_frozen_first_learn_of_the_first_token_of_each_chunk_alone():
 
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_learners_of_the_pool_step_as_the_arms_do_and_start_again_when_they_are_old_or_hacked(chunk):
-    set_toy(chunk=chunk, pool_steps=2, hack_margin=100.0)
+    set_toy(chunk=chunk, pool_steps=2, WORSE=100.0)
     learner, _, phi = toy()
     critic = critic_of(phi)
     optimizer, mover = adamw(learner, 1e-3), copy.deepcopy(learner)
@@ -286,7 +286,7 @@ def test_learners_of_the_pool_step_as_the_arms_do_and_start_again_when_they_are_
         mind = adamw(arm, 1e-3)
         mind.load_state_dict(copy.deepcopy(state))
         stand_in = toy_phases(arm, copy.deepcopy(critic), optimizer=mind)
-        text, u = phases.text(turn, mg.INNER), mg.chance(phases, turn, mg.INNER)
+        text, u = phases.text(turn, mg.INNER), mg.chance(phases, turn, mg.ROLLOUT)
         if turn < 2:
             stand_in.chance = lambda *a: u
             mg.signal_step(stand_in, "frozen", text, turn)
@@ -300,7 +300,7 @@ def test_learners_of_the_pool_step_as_the_arms_do_and_start_again_when_they_are_
     assert [m["age"] for m in members] == [1] * 4 and phases.kept["restarts"] == 0
     mg.critic_step(phases, 4, pool)
     assert members[0] == {} and members[1]["age"] == 1 and phases.kept["restarts"] == 0   # old
-    mg.pool_steps, mg.hack_margin, members[1]["best"] = 100, 0.1, -1.0
+    mg.pool_steps, mg.WORSE, members[1]["best"] = 100, 0.2, -1.0
     mg.critic_step(phases, 5, pool)
     assert members[1] == {} and phases.kept["restarts"] == 1                              # hacked
     mg.critic_step(phases, 6, pool)
@@ -315,10 +315,10 @@ def test_the_critic_of_self_moves_as_the_learner_has_and_that_of_ema_follows_slo
     phases.at["snapshot"] = copy.deepcopy(dict(learner=learner.state_dict(), critic=critic.state_dict()))
     with torch.no_grad():
         learner.embed.weight += 1
-    mg.follow(phases, decay)
+    mg.shift_critic(phases, decay)
     moved = add(by_name(critic), before, -1)
     assert torch.allclose(moved["E"], torch.tensor(share).double()) and moved["log_kappa"] == 0
-    mg.follow(phases, decay)  # and on from there
+    mg.shift_critic(phases, decay)  # and on from there
     moved = add(by_name(critic), before, -1)
     assert torch.allclose(moved["E"], torch.tensor(1 - decay ** 2).double())
 
@@ -396,7 +396,7 @@ def test_every_arm_starts_from_the_same_snapshot_and_leaves_what_it_should(tmp_p
     ("--chunk=0", "chunk=0 must divide block_size=32"),
     ("--arms=real,first", "first, frozen_first need a chunk of 2 or more"),
     ("--arms=frozen_first", "first, frozen_first need a chunk of 2 or more"),
-    ("--samples=0 --chunk=4", "samples=0 must be above 0"),
+    ("--samples=0 --chunk=4", "samples=0, kappa=1.0 and inner_length=0.05 must be above 0"),
     ("--inner_steps=9", "inner_steps=9 must be from 1 to 8"),
     ("--inner_steps=0", "inner_steps=0 must be from 1 to 8"),
     ("--kappa=0", "kappa=0.0 and inner_length=0.05 must be above 0"),

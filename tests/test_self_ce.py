@@ -82,10 +82,11 @@ def test_a_critic_that_names_the_truth_teaches_as_the_real_arm_does_and_each_arm
     loss = {arm: self_ce.self_loss(arm, learner, critic, text, obs, tally) for arm in ("real", "frozen")}
     assert torch.equal(loss["real"], loss["frozen"]) and tally["agreement"] == 2
     assert torch.equal(critic.obs, obs) and torch.equal(critic.own, own) and (critic.loss == V).all()
-    self_ce.self_loss("shuffled", learner, critic, text, foreign, tally)
-    assert torch.equal(critic.obs, foreign)
-    self_ce.self_loss("sharpen", learner, critic, text, obs, tally)
-    assert torch.equal(critic.obs, own)
+    phases = SimpleNamespace(text=lambda step, stream: torch.cat((text[:, :1], foreign), 1))
+    for arm, expected in (("frozen", obs), ("shuffled", foreign), ("sharpen", own)):
+        seen = self_ce.observed(phases, arm, text, 0)
+        self_ce.self_loss(arm, learner, critic, text, seen, tally)
+        assert torch.equal(critic.obs, expected), arm
 
 
 @pytest.mark.parametrize("kind", ["argmax", "soft"])
