@@ -29,7 +29,7 @@ SPELLING, CHAIN, WALK, FACTS, SHIFT = range(5)  # what is random, each with a st
 
 SPELLINGS = 4              # ids of a token in planted-synonyms and plays-spellings
 SUCCESSORS = 8             # how many meanings may follow each
-SHIFT_MEANINGS, FILLERS, FILLER_CHANCE = 64, 64, 0.4
+SHIFT_MEANINGS, FILLERS, FILLER_CHANCE = 64, 4, 0.4
 PLACES = 128               # answers in planted-facts
 LAGS = 2000, 8000          # tokens from fact to answer, at least and at most
 

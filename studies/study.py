@@ -65,8 +65,8 @@ TWO = "--arms=real,frozen"
 CHUNKS = "--chunk=4 --arms=real,first,frozen"
 OWN = "--chunk=4 --arms=real,first,frozen,frozen_first"
 FACTS = f"--dataset=planted-facts {TWO}"
-SHIFT = ("--dataset=planted-shift --vocab=128 --n_layer=1 --n_head=2 --n_embd=64 --block_size=32 "
-         "--pretrain=150 --meta_steps=150 --self_steps=200 --batch_size=32 --learning_rate=3e-3")
+SHIFT = ("--dataset=planted-shift --vocab=68 --n_layer=1 --n_head=2 --n_embd=64 --pretrain=150 "
+         "--meta_steps=150 --self_steps=200 --learning_rate=3e-3")
 
 FIVE = (1, 2, 3, 4, 5)
 
