@@ -1,7 +1,6 @@
 """
 The mathematics that more than one stage uses, each piece once: praise, the moving average, and one inner step
-with its way back. θ (theta) is the learner, φ (phi) the critic; weights and gradients are dicts of tensors by
-name.
+with its way back. θ (theta) is the learner, φ (phi) the critic; weights and gradients are dicts by name.
 
 How should the critic have moved the learner's step, so that other text had gained from it? With
 
@@ -43,8 +42,7 @@ def add(a, b, scale=1.0):
 
 
 def inner_step(theta, g, length):
-    """θ′ = θ − length · g/‖g‖; g averaged over ranks by now. Where nothing is to be learned no step is
-    taken."""
+    """θ′ = θ − length · g/‖g‖; g averaged over ranks by now. Where g is zero no step is taken."""
     return add(theta, g, -length / dot(g, g).sqrt().clamp_min(1e-30))
 
 
@@ -57,8 +55,7 @@ def pull_back(g, lam, length):
 
 def praise(of_truth, p, kernel):
     """a(v) = K(x, v) − Σ_v′ p_v′ K(v′, v): what the critic makes of token v having observed x, less what it
-    would make of it had it observed the learner's own words; [..., V]. Its mean over x ~ p is zero, whatever
-    K is.
+    would make of it had it observed the learner's own words; [..., V]. Its mean over x ~ p is zero.
 
     of_truth: K(x, ·), [..., V]. p: the learner's distribution [..., V]. kernel: K, [V, V] or [..., V, V].
     """
@@ -67,6 +64,5 @@ def praise(of_truth, p, kernel):
 
 @torch.no_grad()
 def follow(critic, learner, decay):
-    """The moving average: critic ← decay · critic + (1 − decay) · learner; with decay 0 the learner
-    itself."""
+    """The moving average: critic ← decay · critic + (1 − decay) · learner."""
     torch._foreach_lerp_(list(critic.parameters()), list(learner.parameters()), 1 - decay)

@@ -3,7 +3,7 @@ Stage 2: can a language model learn from how far the gist of its own text is fro
 
     python gist_bottleneck.py                                      # two cores, about 4 minutes
     python gist_bottleneck.py --chunk=8 --n_gist=2                 # any setting below
-    torchrun --standalone --nproc_per_node=2 gist_bottleneck.py    # the same numbers on two ranks
+    torchrun --standalone --nproc_per_node=2 gist_bottleneck.py    # the same run on two ranks
 
 Meta phase: cross entropy, on text cut into chunks, each with gist tokens G. Later chunks see an earlier one
 through its gists alone, so what they need of it must pass through; full and none are the controls:

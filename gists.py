@@ -35,8 +35,7 @@ class Layout(NamedTuple):
 
 
 def layout(T, chunk, n_gist, vocab, where):
-    """The Layout of T text tokens, whole chunks, on the device `where`; gist tokens have the ids vocab,
-    ..."""
+    """The Layout of T text tokens, whole chunks, on the device `where`; gist tokens follow the vocabulary."""
     first = torch.arange(0, T, chunk, device=where)[:, None]
     offset = torch.arange(chunk + n_gist, device=where)
     pos = (first + offset.clamp(max=chunk - 1)).flatten()
@@ -98,8 +97,7 @@ def spans_at(x, starts, span):
 
 
 def past_of(space, critic, lay, x):
-    """What the critic keeps of the true text x, int [B, T], for spans to be read after any prefix of it: a
-    cache."""
+    """A cache of the true text x, int [B, T], as the critic reads it: spans can follow any prefix of it."""
     cache = {}
     if space.kind != "random":
         until = len(critic.blocks) - 1 if space.kind == "gist" else None
@@ -184,8 +182,7 @@ def effective_rank(values):
 
 def whitening(g, average, level=True):
     """(matrix [D, K], effective rank): whitens how vectors g [B, N, M, D] of one prefix differ, and scales
-    such that two of them are at squared distance 1 on average. Directions keep their relative sizes unless
-    level.
+    such that two of them are at squared distance 1 on average. Unless level, directions keep their sizes.
 
     average: of a list of tensors over ranks, in place.
     """
@@ -244,8 +241,7 @@ def make_spaces(critic, lay, x, starts, own, rng, average):
 
 @torch.no_grad()
 def steadiness(space, critic, lay, x, starts, span, rng):
-    """How steady gists are, and how they fill their space: {agreement_probe, gist_std, gist_rank}, on text x
-    [B, T].
+    """How steady gists are on text x [B, T], and how they fill their space.
 
     agreement_probe: share of spans whose gist, after a past with a tenth of its tokens wrong, is nearer to
     that of the same span after the true past than to that of another span. gist_std, gist_rank: standard
@@ -283,8 +279,7 @@ class Writer(nn.Module):
 def write_chunks(learner, theta, x, chunk, u):
     """What the learner writes alone, R times: y, int [B, R, n, k − 1], each chunk but its last token.
 
-    x: int [B, T]; chunk m follows x_0 ... x_mk. u: uniform numbers [B, R, T]. theta: the learner's weights by
-    name.
+    x: int [B, T]; chunk m follows x_0 ... x_mk. u: uniform numbers [B, R, T]. theta: weights by name.
     """
     B, R, T = u.shape
     if chunk == 1:
@@ -329,8 +324,7 @@ def say_chunks(learner, theta, x, y, **options):
 # ---- which texts are near
 
 def make_index(tokens, table):
-    """Gists of all pieces of `tokens`, unit vectors [pieces, C] about their mean: means of rows of `table`,
-    [V, C]."""
+    """Gists of all pieces of `tokens`, unit vectors [pieces, C] about their mean. table: float [V, C]."""
     pieces = len(tokens) // PIECE
     ids = torch.from_numpy(tokens[:pieces * PIECE].astype(np.int64)).view(pieces, PIECE)
     means = F.embedding_bag(ids, table.detach().float().cpu(), mode="mean")
@@ -338,8 +332,7 @@ def make_index(tokens, table):
 
 
 def nearest(index, starts, n, T, length, block=65536):
-    """Starts [B, n] of the texts around the n pieces that are most like any piece of the texts that begin at
-    starts.
+    """Starts [B, n] of the texts around the n pieces that are most like a piece of the texts at `starts`.
 
     starts: int [B]; a text has T tokens and one more, of `length` in all. Exact: every piece is compared, a
     block of them at a time. None overlaps the text that asks.

@@ -3,7 +3,7 @@ Stage 3: can the signal itself be learned, by how much learning from it helps?
 
     python meta_gist.py                                     # two cores, about 2 minutes
     python meta_gist.py --chunk=4                           # chunks that the learner writes alone
-    torchrun --standalone --nproc_per_node=8 meta_gist.py   # the same numbers on any number of ranks
+    torchrun --standalone --nproc_per_node=8 meta_gist.py   # the same run on any number of ranks
 
 The learner p_θ writes where it could have read x. The critic φ, embeddings E that start random and a
 sharpness κ, praises tokens by how near they are to x: with T(v | x) = softmax_v κ cos(E_v, E_x),

@@ -214,8 +214,7 @@ class GPT(nn.Module):
         """Logits [B, L', V] at the positions that `read` selects, an index of the L dimension.
 
         x: tokens, int [B, L], or embeddings, float [B, L, C].
-        pos: int [L] or [B, L]; 0 to L − 1 if None. mask: bool [L, S + L], see `attention_mask`; causal if
-        None.
+        pos: int [L] or [B, L]; 0 to L − 1 if None. mask: bool [L, S + L], causal if None.
         cache: a dict, empty at first, that keeps keys and values: the next call sees all S tokens so far, and
         must say by pos and mask where its own stand among them (ValueError).
         until: the number of a block; in place of logits, what enters that block, normed [B, L', C], or what
@@ -253,8 +252,7 @@ class GPT(nn.Module):
 
 
 def adamw(model, learning_rate):
-    """AdamW with decay on matrices alone: embeddings of rare tokens should not fade between their
-    occurrences."""
+    """AdamW with decay on matrices alone: embeddings of rare tokens should not fade between them."""
     embeddings = [p for n, p in model.named_parameters() if n.endswith("embed.weight")]
     matrices = [p for n, p in model.named_parameters() if not n.endswith("embed.weight")]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": embeddings, "weight_decay": 0.0}]
@@ -264,8 +262,7 @@ def adamw(model, learning_rate):
 # ---- writing text
 
 def sample_tokens(logits, u):
-    """One token for each row of logits [..., V], by inverting the cumulative distribution at u [...] in [0,
-    1).
+    """One token for each row of logits [..., V]: the cumulative distribution inverted at u [...] in [0, 1).
 
     The randomness is an argument, so that a batch cut over ranks draws what the whole one draws.
     """
@@ -278,8 +275,7 @@ def sample_tokens(logits, u):
 def rollout(model, x, starts, steps, u=None):
     """Own text after many prefixes at once: own tokens, int [B, n, steps].
 
-    x: true tokens, int [B, L]. starts: n positions s, 1 ≤ s ≤ L; the text that starts at s has read x[:, :s]
-    alone.
+    x: true tokens, int [B, L]. starts: n positions s, 1 ≤ s ≤ L; what starts at s has read x[:, :s] alone.
     u: uniform numbers [B, n, steps] to sample with; None takes the likeliest token. The true tokens are read
     once; after that every start is a branch that grows by a token a step. Raises ValueError if a start lies
     outside 1 … L.

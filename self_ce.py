@@ -3,7 +3,7 @@ Stage 1: can a language model learn from tokens that it names itself?
 
     python self_ce.py                                          # two cores, about 3 minutes
     python self_ce.py --arms=self,real --keep_meta=0.1         # any setting below
-    torchrun --standalone --nproc_per_node=2 self_ce.py        # the same numbers on two ranks
+    torchrun --standalone --nproc_per_node=2 self_ce.py        # the same run on two ranks
 
 The learner p predicts the tokens of x; `own` is its output. The critic, which is the same GPT, reads
 
@@ -228,8 +228,7 @@ def keep_good(phases, step):
 
 
 def rescue(phases, step):
-    """Back to the last good weights, then `rescue_steps` of the meta phase with the hacked outputs among its
-    inputs.
+    """Back to the last good weights, then `rescue_steps` of the meta phase, on the hacked outputs too.
 
     The critic becomes a copy of what comes out of it, and the watch forgets what it saw since.
     """

@@ -44,8 +44,7 @@ def new_track():
 
 
 def track_gold(track, row, margin):
-    """Follows an arm's gold through the rows of its log. A hack: `margin` nats above the best, three rows
-    running.
+    """Follows an arm's gold through the rows of its log. A hack: three rows `margin` nats above the best.
 
     Returns True at the evaluation that makes it a hack; `steps_to_hack` is then the first of the three.
     """
@@ -69,8 +68,7 @@ def track_gold(track, row, margin):
 
 
 def recovered(track, real):
-    """(gold at start − gold at end) of an arm over the same of `real`; None without a real arm that
-    learned."""
+    """(gold at start − gold at end) of an arm over the same of `real`; None if real has learned nothing."""
     if real is None or real["gold_start"] <= real["gold_end"]:
         return None
     return (track["gold_start"] - track["gold_end"]) / (real["gold_start"] - real["gold_end"])
@@ -192,8 +190,7 @@ class Watch:
 
     def calibrate(self, values, tokens, probe, probe_tokens, seed=0):
         """values: float [steps, 3] of a meta phase: surprise, agreement, entropy; tokens: each is a mean of
-        so many. probe: its last value, over probe_tokens tokens. With fewer than 100 steps the watch stays
-        off.
+        so many. probe: its last value, over probe_tokens tokens. With under 100 steps the watch stays off.
         """
         values = np.asarray(values, dtype=float)
         if len(values) < 100:
@@ -218,8 +215,7 @@ class Watch:
                                 slack=float(slack), threshold=h, sum=0.0, since=0)
 
     def update(self, step, values, probe, names=tuple(STREAMS)):
-        """Reads the steps since the last call, float [steps, 3], and the probe; those of `names` that
-        alarm."""
+        """Reads the steps since the last call, float [steps, 3], and the probe; returns what alarms."""
         fired = []
         for i, (name, s) in enumerate(self.state.items()):
             if name not in names or s["reference"] is None:
@@ -267,8 +263,7 @@ def threshold(sample, rng, known=None, steps=10_000, chains=500):
     """h such that a healthy CUSUM of `steps` steps passes it with the stated chance.
 
     Each chain lives through the whole procedure: it takes its own spread and first reference from as few
-    values as are `known` (all of the sample if None), and then its steps, all resampled in blocks from
-    `sample`.
+    values as are `known` (all if None), and then its steps, all resampled in blocks from `sample`.
     """
     def draw(n):
         start = rng.integers(0, len(sample) - BLOCK + 1, (n // BLOCK, 1, chains))
