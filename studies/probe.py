@@ -47,7 +47,7 @@ def set_up(folder):
     if state["stage"] == "gist_bottleneck":
         return state, corpus, layout(c["block_size"], c["chunk"], c["n_gist"], c["vocab"], "cpu")
     if state["stage"] != "meta_gist":
-        refuse(f"{folder} is a run of {state['stage']}.py; one of gist_bottleneck.py or meta_gist.py is needed")
+        refuse(f"{folder} is of {state['stage']}.py; a run of gist_bottleneck.py or meta_gist.py is needed")
     return state, corpus, None
 
 

@@ -71,8 +71,8 @@ def test_runs_that_differ_by_seed_are_averaged_and_the_arms_of_any_of_them_shown
 
 
 def test_a_report_shows_its_arm_so_far_and_leaves_out_what_has_no_value(tmp_path, figures):
-    row = dict(arm="self", step=5, gold_nats=2.0, surprise=1.9, proxy=0.1, agreement=None, agreement_probe=None,
-               output_entropy=1.0, target_entropy=None)
+    row = dict(arm="self", step=5, gold_nats=2.0, surprise=1.9, proxy=0.1, agreement=None,
+               agreement_probe=None, output_entropy=1.0, target_entropy=None)
     rows = [dict(row, arm="real", agreement=0.5), row, dict(row, step=10, agreement=0.5)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     plot.draw_report(tmp_path, row, tmp_path / "001.png")
