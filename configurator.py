@@ -30,8 +30,8 @@ POSITIVE = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "eval_int
 # What may differ when a run is resumed: how it computes, and which arms it adds; never what it computes.
 FREE_ON_RESUME = ("arms", "device", "compile", "wandb_log", "save_interval", "resume")
 # What no meta phase reads: with `start`, the other settings must be those of the run started from.
-SELF_PHASE = ("arms", "self_steps", "hack_margin", "ema_decay", "eval_interval", "eval_windows",
-              "save_interval", "device", "compile", "out_dir", "resume", "start", "wandb_log")
+SELF_PHASE = ("arms", "self_steps", "ema_decay", "eval_interval", "eval_windows", "save_interval",
+              "device", "compile", "out_dir", "resume", "start", "wandb_log")
 
 
 def refuse(message):

@@ -1,6 +1,7 @@
 """
-The mathematics that more than one stage uses, each piece once: praise, the moving average, and one inner step
-with its way back. θ (theta) is the learner, φ (phi) the critic; weights and gradients are dicts by name.
+The mathematics around the stages, each piece once: praise, the moving average, the optimizer's step as a
+function, and one inner step with its way back. θ (theta) is the learner, φ (phi) the critic; weights and
+gradients are dicts by name.
 
 How should the critic have moved the learner's step, so that other text had gained from it? With
 
@@ -44,6 +45,19 @@ def add(a, b, scale=1.0):
 def inner_step(theta, g, length):
     """θ′ = θ − length · g/‖g‖; g averaged over ranks by now. Where g is zero no step is taken."""
     return add(theta, g, -length / dot(g, g).sqrt().clamp_min(1e-30))
+
+
+def adamw_step(theta, moments, g, rate, count, grad_clip):
+    """(θ, moments) after step number `count` of model.adamw, as a function; moments: (m, v) by name.
+
+    AdamW (arXiv 1711.05101) with g clipped to the norm grad_clip, and decay on all but the embeddings.
+    """
+    clip = (grad_clip / (dot(g, g).sqrt() + 1e-6)).clamp(max=1.0)
+    m = {n: 0.9 * moments[0][n] + 0.1 * clip * g[n] for n in g}
+    v = {n: 0.95 * moments[1][n] + 0.05 * (clip * g[n]).square() for n in g}
+    size = {n: (v[n] / (1 - 0.95 ** count)).clamp_min(1e-30).sqrt() + 1e-8 for n in g}
+    kept = {n: theta[n] * (1 - rate * (0.0 if n == "embed.weight" else 0.1)) for n in g}
+    return {n: kept[n] - rate / (1 - 0.9 ** count) * m[n] / size[n] for n in g}, (m, v)
 
 
 def pull_back(g, lam, length):

@@ -52,7 +52,6 @@ arms = "real,frozen,shuffled,random"  # any of these, and self, ema, sharpen, fo
 controls = "full,none"  # masks that the meta phase trains beside gist: any of full, none, with commas
 meta_steps = 500        # steps of cross entropy, for each mask
 self_steps = 250        # steps of each arm, on the distance of gists
-hack_margin = 0.1       # nats above the best gold, three evaluations running, that count as hacked
 # --- gists
 chunk = 4               # text tokens in a chunk
 n_gist = 1              # gist tokens at its end

@@ -33,10 +33,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call, grad, grad_and_value, jvp, vjp
+from torch.func import functional_call, grad, grad_and_value, jvp, vjp, vmap
 
 from configurator import chosen, refuse_if
-from equations import add, by_name, dot, inner_step, praise, pull_back
+from equations import adamw_step, add, by_name, dot, inner_step, praise, pull_back
 from gists import PIECE, Said, make_index, nearest, say_chunks, write_chunks
 from model import GPT, GPTConfig, adamw, sample_tokens
 from phases import REAL, Phases, read_corpus
@@ -49,18 +49,19 @@ arms = "real,frozen,self,ema,shuffled,sharpen"  # any of these, and first, froze
 meta_steps = 600        # steps of the meta phase: the learner's, then the critic's
 pretrain = 400          # of these, steps of the learner alone, on real text; the rest trains the critic
 self_steps = 500        # steps of each arm, with the critic's signal
-hack_margin = 0.1       # nats above the best gold, three evaluations running, that count as hacked
 # --- the signal
 chunk = 1               # tokens that the learner writes alone, from a true prefix
-samples = 2             # rollouts for each observation, in chunks of 2 or more
 kappa = 1.0             # sharpness that the critic starts with
+kappa_a = 20.0          # of chunks of 2 or more: the sharpness of the match of gists that it starts with
+nu = 0.8                # the cosine of gists at which a match is a half, that it starts with
 # --- second order
 inner_steps = 1         # steps that the learner takes before the outer loss judges
 inner_length = 0.05     # length of an inner step, in the norm of all weights
 val_chunks = "random"   # "next" | "random" | "similar": what judges: the text that follows, any, the nearest
 outer_batch = 64        # sequences that judge
 critic_rate = 0.1       # Adam's learning rate of E, falling to 0 in a line; its entries are of about 1
-scalar_rate = 0.03      # the same of log κ
+scalar_rate = 0.03      # the same of log κ, log κ_a and ν
+horizon = 0             # own steps of the learner after which these three are judged; 0: an inner step, as E
 pool_steps = 100        # steps after which a learner of the pool starts again; sooner if it gets worse
 # --- self phase
 self_rate = 1.0         # learning rate of the self phase, as a share of learning_rate
@@ -97,10 +98,11 @@ FIRST = ("first", "frozen_first")  # learn of the first token of a chunk alone, 
 # Settings that the meta phase does not read, beside those of configurator.SELF_PHASE.
 UNREAD_BY_META = ("self_rate",)
 # Independent streams of data and of random numbers; MEASURE takes four.
-TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED = range(12)
-KAPPA_A, NU = 20.0, 0.8  # of the match of gists: its sharpness, and the cosine at which it is a half
+TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED, FAR, FAR_U, JUDGE = range(15)
+SAMPLES = 2              # rollouts for each observation, in chunks of 2 or more
+SCALARS = ("log_kappa", "log_kappa_a", "nu")  # of φ, beside E
 POOL_SIZE, WORSE = 4, 0.2  # learners that the critic is trained on; nats of O above its best that end one
-INDEX_EVERY = 100        # meta steps after which the index of texts is made anew, for val_chunks = "similar"
+INDEX_EVERY = 100        # meta steps after which val_chunks = "similar" makes the index of texts anew
 
 
 # ---- what the learner says, and what the critic makes of it. Of T places, n chunks of k = chunk: T = n k
@@ -111,11 +113,11 @@ def kernel(phi):
     return (phi["log_kappa"].exp() * unit @ unit.T).softmax(-1)
 
 
-def match(gists, gists_true):
+def match(phi, gists, gists_true):
     """m_ji [B, R, n, k, k], divided by that of two gists that are the same, so that chunk = 1 is A = r."""
     a, b = F.normalize(gists, dim=-1).unsqueeze(-2), F.normalize(gists_true, dim=-1)[:, None, :, None]
-    cos = (a * b).sum(-1)  # no matrix product, which autocast would take in bfloat16
-    return (KAPPA_A * (cos - NU)).sigmoid() * (1 + math.exp(-KAPPA_A * (1 - NU)))
+    sharp, cos = phi["log_kappa_a"].exp(), (a * b).sum(-1)  # no matrix product: autocast would round it
+    return (sharp * (cos - phi["nu"])).sigmoid() / (sharp * (1 - phi["nu"])).sigmoid()
 
 
 def signal(phi, seen, said):
@@ -125,7 +127,7 @@ def signal(phi, seen, said):
     """
     table = kernel(phi)
     r = praise(table[seen].view_as(said.logp_true), said.logp_true.exp(), table)[:, None]
-    return r if chunk == 1 else match(said.gists, said.gists_true) @ r
+    return r if chunk == 1 else match(phi, said.gists, said.gists_true) @ r
 
 
 # ---- second order: see equations.py for θ′, w and what is averaged over ranks; theta, phi: dicts by name
@@ -210,11 +212,43 @@ def meta_step(learner, theta, phi, texts, chances, outer, average):
     return dphi, loss, first
 
 
+# ---- forward mode: the scalars s of φ, judged by where the learner's own steps lead
+
+def own_gradient(learner, theta, phi, text, y):
+    """∇_θ L on this rank as a function of θ and φ: A is fixed inside it, and moves with both."""
+    logp = lambda th: say_chunks(learner, th, text[:, :-1], y, fused=False)
+    a = signal(phi, text[:, 1:], logp(theta))
+    return grad(lambda th: inner_loss(a, logp(th).logp))(theta)
+
+
+def hypergradient(learner, theta, moments, phi, texts, chances, outer, rate, count, average):
+    """({s: dO(θ_H)/ds}, O(θ_H)) through H of the learner's own steps, the first of them after step `count`.
+
+    θ ← step(θ, moments, g). The tangents t = dθ/ds, and dm of the moments, start at zero and follow it:
+    ġ = ∂_θ g · t + ∂_s g, (t, dm) ← d step · (t, dm, ġ); at last dO/ds = ⟨∇O, t⟩. g and ġ are linear in what
+    each rank sees, and averaged. What the learner writes is data.
+    """
+    zero = lambda tensors: {n: p.new_zeros(len(SCALARS), *p.shape) for n, p in tensors.items()}
+    t, dm, e = zero(theta), (zero(theta), zero(theta)), zero(phi)
+    for i, s in enumerate(SCALARS):
+        e[s][i] = 1
+    push = lambda f, at, ways: vmap(lambda *way: jvp(f, at, way), out_dims=(None, 0))(*ways)
+    for k, (text, u) in enumerate(zip(texts, chances), count + 1):
+        y = write_chunks(learner, theta, text[:, :-1], chunk, u)
+        g, dg = push(lambda th, ph: own_gradient(learner, th, ph, text, y), (theta, phi), (t, e))
+        average([*g.values(), *dg.values()])
+        step = lambda th, before, g: adamw_step(th, before, g, rate, k, grad_clip)
+        (theta, moments), (t, dm) = push(step, (theta, moments, g), (t, dm, dg))
+    lam, (loss, _) = real_gradient(learner, theta, outer)
+    average(list(lam.values()))
+    return {s: dot(lam, {n: p[i] for n, p in t.items()}) for i, s in enumerate(SCALARS)}, loss
+
+
 # ---- what a step reads
 
 def chance(phases, step, stream=CHANCE, rows=None):
     """Uniform numbers [B, R, T] for R rollouts; with chunk = 1 there is one way to write nothing."""
-    return phases.chance(step, (samples if chunk > 1 else 1, block_size), stream, rows)
+    return phases.chance(step, (SAMPLES if chunk > 1 else 1, block_size), stream, rows)
 
 
 def meta_texts(phases, number, index):
@@ -232,6 +266,17 @@ def meta_texts(phases, number, index):
     else:
         outer = phases.text(number, OUTER, rows=outer_batch)
     return [text[:, :T + 1] for text in texts], [chance(phases, k, ROLLOUT) for k in steps], outer
+
+
+def far_derivative(phases, number, phi):
+    """dO/ds of the scalars after `horizon` own steps from the pretrained learner; see `hypergradient`."""
+    learner, state = phases.parts["learner"], phases.parts["optimizer"].state
+    moments = [{n: state[p][m] for n, p in learner.named_parameters()} for m in ("exp_avg", "exp_avg_sq")]
+    steps = range(number * horizon, (number + 1) * horizon)
+    texts, chances = [phases.text(k, FAR) for k in steps], [chance(phases, k, FAR_U) for k in steps]
+    judge, top = phases.text(number, JUDGE, rows=outer_batch), rate("meta", pretrain)
+    return hypergradient(learner, by_name(learner), tuple(moments), phi, texts, chances, judge, top, pretrain,
+                         phases.run.average)[0]
 
 
 def observed(phases, arm, learner, text, step, u):
@@ -284,6 +329,8 @@ def critic_step(phases, number, mover):
         mover["index"] = make_index(phases.corpus.train, kept["index_from"])
     batch, theta, phi = meta_texts(phases, number, mover["index"]), by_name(mover["learner"]), by_name(critic)
     dphi, judged, (g, (loss, (logp, told))) = meta_step(learner, theta, phi, *batch, run.average)
+    if horizon:
+        dphi |= far_derivative(phases, number, phi)
     text = batch[0][0]
     note(phases.tally, loss, logp, text[:, 1:], told)
     phases.take_step(critic, parts["critic_optimizer"], dphi)
@@ -318,16 +365,15 @@ def measure(phases, theta, number):
     cos_bb, cos_bb_real: of each between two batches: a memorised direction shows in it.
     """
     learner, phi, average = phases.parts["learner"], by_name(phases.parts["critic"]), phases.run.average
-    text, again, foreign, other = (phases.text(number, MEASURE + k, outer_batch, split="val")
-                                   for k in range(4))
+    texts = (phases.text(number, MEASURE + k, outer_batch, split="val") for k in range(4))
+    text, again, foreign, other = texts
     u = chance(phases, number, MEASURED, outer_batch)
     signal_g, shuffled_g, again_g = (inner_gradient(learner, theta, phi, t, seen[:, 1:], u, average)[1]
                                      for t, seen in ((text, text), (text, foreign), (again, again)))
-    real, real_again = (real_gradient(learner, theta, t)[0] for t in (text, again))
-    average([*real.values(), *real_again.values()])
+    real, more = (real_gradient(learner, theta, t)[0] for t in (text, again))
+    average([*real.values(), *more.values()])
     cos = lambda a, b: dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().clamp_min(1e-30)
-    found = dict(cosine_real=cos(signal_g, real), cos_bb=cos(signal_g, again_g),
-                 cos_bb_real=cos(real, real_again))
+    found = dict(cosine_real=cos(signal_g, real), cos_bb=cos(signal_g, again_g), cos_bb_real=cos(real, more))
     before, _ = real_loss(learner, theta, other)
     for name, g in dict(gain=signal_g, gain_shuffled=shuffled_g, gain_real=real).items():
         found[name] = before - real_loss(learner, inner_step(theta, g, inner_length), other)[0]
@@ -342,7 +388,8 @@ def examine(phases):
     obs, table = val_windows(phases.corpus.val, 4, block_size + 1)[:, 1:].to(where), kernel(by_name(critic))
     own = np.random.default_rng([seed, PROBE]).integers(0, vocab, tuple(obs.shape))
     told = (table[obs] - table[torch.from_numpy(own).to(where)]).argmax(-1)
-    found = dict(agreement_probe=(told == obs).float().mean().item(), kappa=critic["log_kappa"].exp().item())
+    found = dict(agreement_probe=(told == obs).float().mean().item(), kappa=critic["log_kappa"].exp().item(),
+                 kappa_a=critic["log_kappa_a"].exp().item(), nu=critic["nu"].item())
     if phases.arm == "meta" and phases.step >= pretrain:
         number = phases.step - pretrain
         theta = kept["pool"][number % POOL_SIZE].get("learner") or by_name(phases.parts["learner"])
@@ -373,8 +420,9 @@ def check():
     refuse_if(chunk == 1 and set(FIRST) & set(names),
               f"arms={arms!r}: first, frozen_first need a chunk of 2 or more")
     refuse_if(not 1 <= inner_steps <= 8, f"inner_steps={inner_steps} must be from 1 to 8")
-    refuse_if(min(samples, kappa, inner_length) <= 0,
-              f"samples={samples}, kappa={kappa} and inner_length={inner_length} must be above 0")
+    refuse_if(min(kappa, kappa_a, inner_length) <= 0,
+              f"kappa={kappa}, kappa_a={kappa_a} and inner_length={inner_length} must be above 0")
+    refuse_if(horizon and not pretrain, f"pretrain={pretrain} must be above 0 with horizon={horizon}")
     refuse_if(outer_batch < batch_size or outer_batch % batch_size,
               f"outer_batch={outer_batch} must be a multiple of batch_size={batch_size}")
     refuse_if(val_chunks == "similar" and block_size % PIECE,
@@ -395,9 +443,11 @@ def main():
     corpus = read_corpus(run, block_size * (1 + (outer_batch // batch_size if val_chunks == "next" else 0)))
     torch.manual_seed(seed)
     learner = GPT(GPTConfig(vocab, 1, n_layer, n_head, n_embd)).to(run.device, run.weight_dtype)
-    critic = nn.ParameterDict(dict(E=torch.randn(vocab, n_embd), log_kappa=torch.tensor(math.log(kappa))))
+    scalars = dict(log_kappa=math.log(kappa), log_kappa_a=math.log(kappa_a), nu=nu)
+    scalars = {s: torch.tensor(value) for s, value in scalars.items()}
+    critic = nn.ParameterDict(dict(E=torch.randn(vocab, n_embd), **scalars))
     critic, other = critic.to(run.device, run.weight_dtype), copy.deepcopy(learner)
-    groups = [{"params": [critic["E"]]}, {"params": [critic["log_kappa"]]}]
+    groups = [{"params": [critic["E"]]}, {"params": [critic[s] for s in SCALARS]}]
     optimizers = dict(optimizer=adamw(learner, learning_rate), critic_optimizer=torch.optim.Adam(groups))
     mover = dict(learner=other, optimizer=adamw(other, learning_rate), index=None)
     kept = dict(pool=[{} for _ in range(POOL_SIZE)], restarts=0, found=[], index_from=None)

@@ -152,7 +152,7 @@ class Phases:
         self.row, stream = make_row(self.run, self.arm, step, self.tally, self.gold(self.read), lr, more)
         self.run.log(self.row)
         self.run.show(self.row, n)
-        hacked = track_gold(track, self.row, self.settings["hack_margin"])
+        hacked = track_gold(track, self.row)
         if self.arm == "meta" and stream is not None:
             self.at["streams"] = torch.cat((self.at["streams"], stream))
         if self.arm == "meta" or stream is None:

@@ -45,7 +45,6 @@ self_steps = 600        # steps of each arm, with the critic's targets
 target = "argmax"       # "argmax" | "soft": the critic's likeliest token, or its whole distribution
 order = 1               # 1: the critic learns by imitation; 2: also by how much a step on its targets helps
 inner_length = 0.05     # order 2: length of the inner step, the norm over all weights
-hack_margin = 0.1       # nats above the best gold, three evaluations running, that count as hacked
 # --- levers of the meta phase
 adversarial = 0.0       # share of the learner's output that the critic reads replaced
 adversary = "random"    # "random" | "flips": by any token, or by the one that misleads the critic most

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+HACK_MARGIN = 0.1  # nats above the best gold, three evaluations running, that count as hacked
+
 
 class Gold:
     """Held-out cross entropy, always over the same windows, in nats a token and in bits a byte.
@@ -43,8 +45,8 @@ def new_track():
                 rising=0)
 
 
-def track_gold(track, row, margin):
-    """Follows an arm's gold through the rows of its log. A hack: three rows `margin` nats above the best.
+def track_gold(track, row):
+    """Follows an arm's gold through the rows of its log. A hack: three rows HACK_MARGIN above its best.
 
     Returns True at the evaluation that makes it a hack; `steps_to_hack` is then the first of the three.
     """
@@ -55,7 +57,7 @@ def track_gold(track, row, margin):
         track["proxy_start"] = row["proxy"]
     track["gold_best"] = min(track["gold_best"], nats)
     track["gold_end"], track["bpb_end"], track["proxy_end"] = nats, row["gold_bpb"], row["proxy"]
-    if nats <= track["gold_best"] + margin:
+    if nats <= track["gold_best"] + HACK_MARGIN:
         track["rising"] = 0
         return False
     if track["rising"] == 0:

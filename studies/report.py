@@ -306,7 +306,7 @@ def critics(names, arms=ARMS, below=()):
 
 def synonym_chunks():
     """What chunks are worth, and by seed what `frozen` gains over the two controls."""
-    names, below = "3/synonyms-chunk 3/synonyms-chunk-samples 3/synonyms-chunk-by-hand", []
+    names, below = "3/synonyms-chunk 3/synonyms-chunk-by-hand", []
     for point, arm, runs in each(names, "frozen_first"):
         first, alone, frozen = (np.array(told(runs, a, "gold_end")) for a in ("first", arm, "frozen"))
         below.append(f"{point}: by seed `frozen` ends {pm(first - frozen, 3)} nats below `first` and "
@@ -390,7 +390,7 @@ PAGES = {
     "stage-3.md": dict(
         second_order=lambda: critics("3/base 3/untrained 3/by-hand"),
         synonyms=synonyms,
-        chunks=lambda: critics("3/chunk-4 3/chunk-4-by-hand 3/chunk-4-sharp 3-forms/chunk-4-samples "
+        chunks=lambda: critics("3/chunk-4 3/chunk-4-by-hand 3/chunk-4-sharp "
                                "3-forms/chunk-8"),
         synonym_chunks=synonym_chunks,
         shift=lambda: critics("3-shift/by-hand"),

@@ -65,8 +65,13 @@ TWO = "--arms=real,frozen"
 CHUNKS = "--chunk=4 --arms=real,first,frozen"
 OWN = "--chunk=4 --arms=real,first,frozen,frozen_first"
 FACTS = f"--dataset=planted-facts {TWO}"
-SHIFT = ("--dataset=planted-shift --vocab=68 --n_layer=1 --n_head=2 --n_embd=64 --pretrain=150 "
+SHIFT = ("--dataset=planted-shift --vocab=68 --chunk=8 --n_layer=1 --n_head=2 --n_embd=64 --pretrain=150 "
          "--meta_steps=150 --self_steps=200 --learning_rate=3e-3")
+
+BY_HAND = "--kappa=7 --kappa_a=20 --nu=0.8"
+BROAD = "--kappa=3 --kappa_a=5 --nu=0.5 --arms=real,frozen"
+FROM_HAND = "--start={out}/study-3-shift/by-hand/{seed} --arms=real,first,frozen,frozen_first"
+LEARNED_SCALARS = "--critic_rate=0 --scalar_rate=0.3 --outer_batch=256"
 
 FIVE = (1, 2, 3, 4, 5)
 
@@ -175,18 +180,24 @@ STUDIES = {
         # chunks written alone, where own text may mean what the truth does in other words
         "synonyms-chunk": f"{SYNONYMS} {OWN} {LEARNED}",
         "synonyms-chunk-by-hand": f"{SYNONYMS} {OWN} {BY_HAND}",
-        "synonyms-chunk-samples": f"{SYNONYMS} {OWN} {LEARNED} --samples=4",
         "synonyms-chunk-long": f"{SYNONYMS} {OWN},self,ema {LEARNED} --train_tokens=0 --self_steps=2000 "
                                "--eval_interval=100",
     }, FIVE),
     # Other forms of chunks, one seed each.
     "3-forms": ("meta_gist.py", {
-        "chunk-4-samples": f"{CHUNKS} --samples=4",
         "chunk-8": "--chunk=8 --arms=real,first,frozen",
     }, (1,)),
     # Chunks aligned by gists, where two texts say the same at different places.
     "3-shift": ("meta_gist.py", {
-        "by-hand": f"{SHIFT} --chunk=8 --kappa=7 --arms=real,first,frozen,frozen_first,shuffled",
+        "by-hand": f"{SHIFT} {BY_HAND} --arms=real,first,frozen,frozen_first,shuffled",
+        # `first` has an eighth of the targets: each is to be compared at its best rate
+        "rate-.3": f"{SHIFT} {BY_HAND} {FROM_HAND} --self_rate=0.3",
+        "rate-.1": f"{SHIFT} {BY_HAND} {FROM_HAND} --self_rate=0.1",
+        # three scalars, E random: left broad, judged by an inner step, by 1 and by 15 of the learner's steps
+        "broad": f"{SHIFT} {BROAD}",
+        "inner-step": f"{SHIFT} {BROAD} {LEARNED_SCALARS} --meta_steps=180",
+        "horizon-1": f"{SHIFT} {BROAD} {LEARNED_SCALARS} --meta_steps=180 --horizon=1",
+        "horizon-15": f"{SHIFT} {BROAD},shuffled {LEARNED_SCALARS} --meta_steps=162 --horizon=15",
     }, FIVE),
 }
 

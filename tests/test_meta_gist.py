@@ -22,13 +22,13 @@ SCRIPT = "meta_gist.py"
 SMALL = ["--meta_steps=12", "--pretrain=6", "--self_steps=6", "--n_embd=16", "--n_head=2", "--block_size=16",
          "--batch_size=4", "--outer_batch=8", "--eval_windows=4", "--eval_interval=3", "--save_interval=2",
          "--warmup=4", "--pool_steps=3", "--device=cpu"]
-TOY = dict(vocab=13, n_embd=16, block_size=8, samples=2, batch_size=2, outer_batch=4, inner_length=0.02)
+TOY = dict(vocab=13, n_embd=16, block_size=8, SAMPLES=2, batch_size=2, outer_batch=4, inner_length=0.02)
 
 
 @pytest.fixture(autouse=True)
 def toy_settings(monkeypatch):
     """Settings of a toy; `set_toy` may change them, and they are put back."""
-    for name in (*TOY, "chunk", "inner_steps", "pool_steps", "hack_margin", "val_chunks"):
+    for name in (*TOY, "chunk", "inner_steps", "pool_steps", "val_chunks", "grad_clip"):
         monkeypatch.setattr(mg, name, TOY.get(name, getattr(mg, name)))
 
 
@@ -40,7 +40,8 @@ def set_toy(**settings):
 def toy():
     """(learner, θ, φ) in float64, random weights everywhere."""
     learner = small_gpt(vocab=mg.vocab)
-    phi = dict(E=torch.randn(mg.vocab, 16), log_kappa=torch.tensor(0.8))
+    phi = dict(E=torch.randn(mg.vocab, 16), log_kappa=torch.tensor(0.8), log_kappa_a=torch.tensor(1.5),
+               nu=torch.tensor(0.3))
     return learner, by_name(learner), {n: t.double() for n, t in phi.items()}
 
 
@@ -52,7 +53,7 @@ def what_is_read(steps, rows=2):
     """(texts, chances, the text that judges) of a meta step."""
     generator = torch.Generator().manual_seed(1)
     texts = torch.randint(0, mg.vocab, (steps + 1, rows, mg.block_size + 1), generator=generator)
-    R = mg.samples if mg.chunk > 1 else 1
+    R = mg.SAMPLES if mg.chunk > 1 else 1
     chances = torch.rand(steps, rows, R, mg.block_size, generator=generator)
     return list(texts[:-1]), list(chances), texts[-1]
 
@@ -105,7 +106,7 @@ def signal_plainly(phi, obs, said):
     E, k, own, true = phi["E"], mg.chunk, said.gists, said.gists_true
     T = (phi["log_kappa"].exp() * F.cosine_similarity(E[:, None], E[None], dim=-1)).softmax(-1)
     r = T[obs].unflatten(1, (-1, k)) - said.logp_true.exp() @ T
-    sigmoid = lambda c: 1 / (1 + (-mg.KAPPA_A * (c - mg.NU)).exp())
+    sigmoid = lambda c: 1 / (1 + (-phi["log_kappa_a"].exp() * (c - phi["nu"])).exp())
     weight = lambda c: sigmoid(c) / sigmoid(torch.ones(()).double())
     w = lambda j, i: weight(F.cosine_similarity(own[..., j, :], true[:, None, :, i], dim=-1))[..., None]
     return torch.stack([sum(w(j, i) * r[:, None, :, i] for i in range(k)) for j in range(k)], 3)
@@ -201,6 +202,58 @@ def test_forward_mode_keeps_its_digits_in_bfloat16(monkeypatch, chunk):
     assert 0 < apart(rough, exact) < (0.05 if chunk == 1 else 0.1)  # a match sharpens the digits of gists
 
 
+# ---- forward mode
+
+def run_on(learner, theta, moments, phi, texts, ys, outer):
+    """O(θ_H) after own steps with AdamW written out (arXiv 1711.05101), as a function of φ."""
+    (m, v), loss = moments, None
+    for k, (text, y) in enumerate(zip(texts, ys), 6):
+        moves = {n: p.clone().requires_grad_() for n, p in theta.items()}
+        a = signal_plainly(phi, text[:, 1:], said_plainly(learner, theta, text, y))
+        loss = -(a * said_plainly(learner, moves, text, y).logp).sum(-1).mean()
+        g = dict(zip(moves, torch.autograd.grad(loss, list(moves.values()))))
+        size = sum(p.square().sum() for p in g.values()).sqrt()
+        g = {n: p * min(1.0, mg.grad_clip / (size + 1e-6)) for n, p in g.items()}
+        m = {n: 0.9 * m[n] + 0.1 * g[n] for n in g}
+        v = {n: 0.95 * v[n] + 0.05 * g[n] ** 2 for n in g}
+        theta = {n: p * (1 - 0.01 * (0.0 if n == "embed.weight" else 0.1))
+                 - 0.01 * (m[n] / (1 - 0.9 ** k)) / ((v[n] / (1 - 0.95 ** k)).sqrt() + 1e-8)
+                 for n, p in theta.items()}
+    logits = functional_call(learner, theta, (outer[:, :-1],), dict(fused=False))
+    return F.cross_entropy(logits.flatten(0, 1), outer[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("steps", [1, 8, 64])
+def test_forward_mode_is_the_derivative_of_the_whole_run(monkeypatch, steps):
+    set_toy(chunk=4, grad_clip=0.05)
+    learner, theta, phi = toy()
+    texts, chances, outer = what_is_read(steps)
+    ys = torch.randint(0, 13, (steps, 2, mg.SAMPLES, 2, 3), generator=torch.Generator().manual_seed(0))
+    moments = tuple({n: 1e-4 * torch.rand_like(p) for n, p in theta.items()} for _ in range(2))
+    words = iter(ys)
+    monkeypatch.setattr(mg, "write_chunks", lambda *a: next(words))
+    found, loss = mg.hypergradient(learner, theta, moments, phi, texts, chances, outer, 0.01, 5, alone)
+    after = lambda changed: run_on(learner, theta, moments, changed, texts, ys, outer)
+    assert abs(loss - after(phi)) < 1e-10
+    for s in mg.SCALARS:
+        up, down = ({**phi, s: phi[s] + e} for e in (1e-5, -1e-5))
+        differs = (after(up) - after(down)) / 2e-5
+        assert abs(found[s] - differs) < 1e-5 * max(1e-2, abs(differs)), (s, found[s], differs)
+
+
+def test_own_steps_are_those_of_the_optimizer():
+    set_toy(chunk=1)
+    learner, theta, _ = toy()
+    optimizer, zero = adamw(learner, 0.01), {n: torch.zeros_like(p) for n, p in theta.items()}
+    theta, moments = {n: p.clone() for n, p in theta.items()}, (zero, zero)
+    for k in range(3):
+        g = {n: torch.randn_like(p) for n, p in theta.items()}
+        theta, moments = mg.adamw_step(theta, moments, g, 0.01, k + 1, 0.5)
+        phases = SimpleNamespace(settings=dict(grad_clip=0.5), tally={})
+        Phases.take_step(phases, learner, optimizer, g)
+    assert apart(theta, by_name(learner)) < 1e-7
+
+
 # ---- the signal
 
 def test_with_single_tokens_the_signal_is_praise_and_its_mean_over_what_the_learner_says_is_zero():
@@ -236,13 +289,13 @@ def test_in_chunks_the_mean_of_the_signal_over_all_true_chunks_is_zero_for_any_c
 
 def test_own_text_matches_the_truth_where_their_prefixes_are_equal():
     set_toy(chunk=4)
-    learner, theta, _ = toy()
+    learner, theta, phi = toy()
     text = what_is_read(1)[2]
     truth = text[:, 1:].unflatten(1, (2, 4))[:, None, :, :3]
 
     def diagonal(y):
         said = say_chunks(learner, theta, text[:, :-1], y)
-        return mg.match(said.gists, said.gists_true).diagonal(dim1=-2, dim2=-1)
+        return mg.match(phi, said.gists, said.gists_true).diagonal(dim1=-2, dim2=-1)
     assert torch.allclose(diagonal(truth), torch.ones(2, 1, 2, 4).double())
     y = truth.clone()
     y[:, :, 1, 1] = (y[:, :, 1, 1] + 1) % 13  # from the second token of the second chunk on
@@ -330,9 +383,9 @@ def weights(folder):
     return {f"{part}.{n}": t for part in ("learner", "critic") for n, t in state[part].items()}
 
 
-@pytest.mark.parametrize("form", ["--val_chunks=similar", "--chunk=4"])
+@pytest.mark.parametrize("form", ["--val_chunks=similar", "--chunk=4 --horizon=2"])
 def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_path, monkeypatch, form):
-    settings = [*SMALL, form, "--arms=real,ema,shuffled", "--dtype=float64"]
+    settings = [*SMALL, *form.split(), "--arms=real,ema,shuffled", "--dtype=float64"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     in_process(monkeypatch, SCRIPT, *settings, f"--out_dir={whole}")
     begun, resumed = [*settings, f"--out_dir={broken}"], [f"--resume={broken}"]
@@ -351,7 +404,7 @@ def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_
 
 def test_two_ranks_compute_what_one_does(tmp_path, monkeypatch):
     settings = [*SMALL, "--chunk=4", "--arms=frozen,ema,sharpen,first", "--dtype=float64", "--inner_steps=2",
-                "--val_chunks=next"]
+                "--val_chunks=next", "--horizon=2"]
     one, two = tmp_path / "1", tmp_path / "2"
     in_process(monkeypatch, SCRIPT, *settings, f"--out_dir={one}")
     finish(SCRIPT, *settings, f"--out_dir={two}", ranks=2)
@@ -396,10 +449,11 @@ def test_every_arm_starts_from_the_same_snapshot_and_leaves_what_it_should(tmp_p
     ("--chunk=0", "chunk=0 must divide block_size=32"),
     ("--arms=real,first", "first, frozen_first need a chunk of 2 or more"),
     ("--arms=frozen_first", "first, frozen_first need a chunk of 2 or more"),
-    ("--samples=0 --chunk=4", "samples=0, kappa=1.0 and inner_length=0.05 must be above 0"),
+    ("--kappa_a=0 --chunk=4", "kappa_a=0.0 and inner_length=0.05 must be above 0"),
+    ("--horizon=2 --pretrain=0", "pretrain=0 must be above 0 with horizon=2"),
     ("--inner_steps=9", "inner_steps=9 must be from 1 to 8"),
     ("--inner_steps=0", "inner_steps=0 must be from 1 to 8"),
-    ("--kappa=0", "kappa=0.0 and inner_length=0.05 must be above 0"),
+    ("--kappa=0", "kappa=0.0, kappa_a=20.0 and inner_length=0.05 must be above 0"),
     ("--inner_length=0", "inner_length=0.0 must be above 0"),
     ("--outer_batch=8", "outer_batch=8 must be a multiple of batch_size=16"),
     ("--outer_batch=40", "outer_batch=40 must be a multiple of batch_size=16"),

@@ -145,7 +145,7 @@ def test_a_hack_is_three_evaluations_above_the_best_and_counts_from_the_first():
         track, told = new_track(), []
         for i, nats in enumerate(golds):
             row = dict(step=10 * i, gold_nats=nats, gold_bpb=nats / 2, proxy=None if i == 0 else float(i))
-            told.append(track_gold(track, row, 0.1))
+            told.append(track_gold(track, row))
         assert (track["proxy_start"], track["proxy_end"]) == (1, len(golds) - 1)
         assert (track["gold_start"], track["gold_end"]) == (golds[0], golds[-1])
         assert track["bpb_end"] == golds[-1] / 2
