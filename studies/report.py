@@ -393,7 +393,7 @@ PAGES = {
         chunks=lambda: critics("3/chunk-4 3/chunk-4-by-hand 3/chunk-4-sharp "
                                "3-forms/chunk-8"),
         synonym_chunks=synonym_chunks,
-        shift=lambda: critics("3-shift/by-hand"),
+        shift=lambda: critics(points_of("3-shift", "")),
         judges=lambda: critics(f"3/base 3/next 3/similar 3/steps-2 3/steps-4 {FACTS}", "frozen"))}
 
 
