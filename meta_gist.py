@@ -19,7 +19,8 @@ writes alone, and gists align it with the truth, the learner's own last hidden s
     a_j = h(c, y_<j)     b_i = h(c, x_<i)     m_ji = σ(κ_a (cos(a_j, b_i) − ν))     A_j = Σ_i m_ji r_i
 
 Where what it has written means what the truth says at some place of the chunk, it is taught what the truth
-says next there; elsewhere nothing. m_ji never sees x_i, so A is zero at the truth, on average.
+says next there; elsewhere nothing. m_ji never sees x_i, so A is zero at the truth, on average. One step
+hardly tells a broad match from a sharp one: with horizon, κ, κ_a and ν are judged after so many own steps.
 
 An arm is one self phase. real: θ learns from the true tokens. frozen, self, ema: from the signal of φ as the
 meta phase left it, moved as far as the learner has since, or by a moving average of that. shuffled, sharpen:
@@ -95,8 +96,7 @@ wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Bia
 
 ARMS = ("real", "first", "self", "frozen", "frozen_first", "ema", "shuffled", "sharpen")
 FIRST = ("first", "frozen_first")  # learn of the first token of a chunk alone, which follows a true prefix
-# Settings that the meta phase does not read, beside those of configurator.SELF_PHASE.
-UNREAD_BY_META = ("self_rate",)
+UNREAD_BY_META = ("self_rate",)  # beside those of configurator.SELF_PHASE
 # Independent streams of data and of random numbers; MEASURE takes four.
 TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED, FAR, FAR_U, JUDGE = range(15)
 SAMPLES = 2              # rollouts for each observation, in chunks of 2 or more
