@@ -20,7 +20,7 @@ writes alone, and gists align it with the truth, the learner's own last hidden s
 
 Where what it has written means what the truth says at some place of the chunk, it is taught what the truth
 says next there; elsewhere nothing. m_ji never sees x_i, so A is zero at the truth, on average. One step
-hardly tells a broad match from a sharp one: with horizon, κ, κ_a and ν are judged after so many own steps.
+does not tell a broad match from a sharp one: κ_a and ν stay, or are judged after `horizon` own steps.
 
 An arm is one self phase. real: θ learns from the true tokens. frozen, self, ema: from the signal of φ as the
 meta phase left it, moved as far as the learner has since, or by a moving average of that. shuffled, sharpen:
@@ -62,7 +62,7 @@ val_chunks = "random"   # "next" | "random" | "similar": what judges: the text t
 outer_batch = 64        # sequences that judge
 critic_rate = 0.1       # Adam's learning rate of E, falling to 0 in a line; its entries are of about 1
 scalar_rate = 0.03      # the same of log κ, log κ_a and ν
-horizon = 0             # own steps of the learner after which these three are judged; 0: an inner step, as E
+horizon = 0             # own steps of the learner that judge these three; 0: an inner step judges κ alone
 pool_steps = 100        # steps after which a learner of the pool starts again; sooner if it gets worse
 # --- self phase
 self_rate = 1.0         # learning rate of the self phase, as a share of learning_rate
@@ -329,8 +329,8 @@ def critic_step(phases, number, mover):
         mover["index"] = make_index(phases.corpus.train, kept["index_from"])
     batch, theta, phi = meta_texts(phases, number, mover["index"]), by_name(mover["learner"]), by_name(critic)
     dphi, judged, (g, (loss, (logp, told))) = meta_step(learner, theta, phi, *batch, run.average)
-    if horizon:
-        dphi |= far_derivative(phases, number, phi)
+    # One step on, a broad match gains like a sharp one, and then ruins the run: without horizon it stays.
+    dphi |= far_derivative(phases, number, phi) if horizon else {s: 0 * phi[s] for s in SCALARS[1:]}
     text = batch[0][0]
     note(phases.tally, loss, logp, text[:, 1:], told)
     phases.take_step(critic, parts["critic_optimizer"], dphi)

@@ -395,6 +395,8 @@ def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_
         assert at["arm"] == arm and at["step"] > 0
     in_process(monkeypatch, SCRIPT, *resumed)
     assert log(broken) == log(whole) and len(log(broken)) == 5 + 3 * 3
+    learned = [len({row[s] for row in log(whole)}) > 1 for s in ("kappa", "kappa_a", "nu")]
+    assert learned == [True, "horizon" in form, "horizon" in form]  # one step on would spoil the match
     found, expected = ({k: v for k, v in summary(f).items() if k != "config"} for f in (broken, whole))
     assert found == expected
     assert (broken / "samples.txt").read_text() == (whole / "samples.txt").read_text()
