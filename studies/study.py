@@ -193,7 +193,7 @@ STUDIES = {
         # `first` has an eighth of the targets: each is to be compared at its best rate
         "rate-.3": f"{SHIFT} {BY_HAND} {FROM_HAND} --self_rate=0.3",
         "rate-.1": f"{SHIFT} {BY_HAND} {FROM_HAND} --self_rate=0.1",
-        # E random; the scalars left broad, κ judged by an inner step, all by 1 and by 15 of the learner's steps
+        # E random; the scalars left broad, κ judged by an inner step, all by 1 and by 15 own steps
         "broad": f"{SHIFT} {BROAD}",
         "inner-step": f"{SHIFT} {BROAD} {LEARNED_SCALARS} --meta_steps=180",
         "horizon-1": f"{SHIFT} {BROAD} {LEARNED_SCALARS} --meta_steps=180 --horizon=1",
