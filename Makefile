@@ -2,10 +2,10 @@
 # make test  the same set-up, and the tests
 # make study-1   the runs behind the README's tables of stage 1; goes on where it was
 # make study-1-long   the same for 20,000 self steps
-# make study-2, study-2-meaning, study-3   the same of stages 2 and 3
+# make study-2, study-2-meaning, study-3, study-3-forms, study-3-shift   the same of stages 2 and 3
 PYTHON ?= python3
 BIN := .venv/bin
-STUDIES := study-1 study-1-long study-2 study-2-meaning study-3
+STUDIES := study-1 study-1-long study-2 study-2-meaning study-3 study-3-forms study-3-shift
 
 .PHONY: run test $(STUDIES)
 run: .venv/installed
