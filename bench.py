@@ -130,14 +130,14 @@ def stage_2():
         phases.take_step(learner, optimizer)
 
     def frozen(space):
-        step(gb.self_loss(phases, "frozen", learner, critic, space, lay, text, text, 0, {}))
+        step(gb.self_loss(phases, "frozen", learner, critic, space, lay, text, 0, {}))
 
     return {"self step, real": lambda: step(gb.real_loss(learner, lay, text, "gist", {})),
             "self step, frozen": lambda: frozen(gist), "self step, random": lambda: frozen(random)}
 
 
 def critic_3():
-    return nn.ParameterDict(dict(E=torch.randn(mg.vocab, mg.n_embd), log_kappa=torch.tensor(0.0)))
+    return nn.ParameterDict(dict({s: torch.ones(()) for s in mg.SCALARS}, E=torch.randn(mg.vocab, mg.n_embd)))
 
 
 def stage_3():
