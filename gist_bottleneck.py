@@ -97,7 +97,7 @@ wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Bia
 ARMS = ("real", "self", "frozen", "ema", "shuffled", "sharpen", "forecast", "random")
 # Settings that the meta phase does not read, beside those of configurator.SELF_PHASE.
 UNREAD_BY_META = ("span", "every", "candidates", "distance", "tau", "critic_from", "order", "order_steps",
-              "inner_length")
+                  "inner_length")
 # Independent streams of data and of random numbers.
 TEXT, FOREIGN, CHANCE, RULER, PROBE, TABLE, INNER, OUTER = range(8)
 RULER_STEPS = 100        # on which the watch is calibrated, the fewest that it takes

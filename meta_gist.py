@@ -382,8 +382,8 @@ def measure(phases, theta, number):
 
 
 def examine(phases):
-    """{agreement_probe: share of held-out tokens praised most if the learner is sure of random ones; kappa},
-    and in the critic's part of the meta phase what `measure` finds."""
+    """{agreement_probe: share of held-out tokens praised most if the learner is sure of random ones; kappa,
+    kappa_a, nu}, and in the critic's part of the meta phase what `measure` finds."""
     critic, kept, where = phases.parts["critic"], phases.kept, phases.run.device
     obs, table = val_windows(phases.corpus.val, 4, block_size + 1)[:, 1:].to(where), kernel(by_name(critic))
     own = np.random.default_rng([seed, PROBE]).integers(0, vocab, tuple(obs.shape))

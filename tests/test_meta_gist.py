@@ -383,7 +383,7 @@ def weights(folder):
     return {f"{part}.{n}": t for part in ("learner", "critic") for n, t in state[part].items()}
 
 
-@pytest.mark.parametrize("form", ["--val_chunks=similar", "--chunk=4 --horizon=2"])
+@pytest.mark.parametrize("form", ["--chunk=4 --val_chunks=similar", "--chunk=4 --horizon=2"])
 def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_path, monkeypatch, form):
     settings = [*SMALL, *form.split(), "--arms=real,ema,shuffled", "--dtype=float64"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
