@@ -28,6 +28,7 @@ as frozen, but the observation x is another text's, or what the learner says its
 real and frozen, at the first token of each chunk alone. Arms are compared by gold, held-out cross entropy.
 """
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -44,6 +45,8 @@ from phases import REAL, Phases, read_corpus
 from prepare_data import batch_starts, val_windows, windows
 from run import open_run
 from watch import MEMORY, note
+import wordings
+from wordings import rarer, stands_for, twins
 
 # --- experiment
 arms = "real,frozen,self,ema,shuffled,sharpen"  # any of these, and first, frozen_first
@@ -52,18 +55,18 @@ pretrain = 400          # of these, steps of the learner alone, on real text; th
 self_steps = 500        # steps of each arm, with the critic's signal
 # --- the signal
 chunk = 1               # tokens that the learner writes alone, from a true prefix
+critic_start = "random" # "random" | "contexts": E at the start: random, or where the learner meets each token
 kappa = 1.0             # sharpness that the critic starts with
 kappa_a = 20.0          # of chunks of 2 or more: the sharpness of the match of gists that it starts with
 nu = 0.8                # the cosine of gists at which a match is a half, that it starts with
 # --- second order
 inner_steps = 1         # steps that the learner takes before the outer loss judges
 inner_length = 0.05     # length of an inner step, in the norm of all weights
-val_chunks = "random"   # "next" | "random" | "similar": what judges: the text that follows, any, the nearest
+val_chunks = "random"   # "next" | "random" | "similar" | "aligned": what judges: the text that follows, any, the nearest
 outer_batch = 64        # sequences that judge
 critic_rate = 0.1       # Adam's learning rate of E, falling to 0 in a line; its entries are of about 1
 scalar_rate = 0.03      # the same of log κ, log κ_a and ν
 horizon = 0             # own steps of the learner that judge these three; 0: an inner step judges κ alone
-pool_steps = 100        # steps after which a learner of the pool starts again; sooner if it gets worse
 # --- self phase
 self_rate = 1.0         # learning rate of the self phase, as a share of learning_rate
 ema_decay = 0.999       # arm ema: the share by which the critic stays behind the learner, each step
@@ -94,21 +97,27 @@ resume = ""             # the folder of a run to go on with
 start = ""              # the folder of a run whose finished meta phase to start from, instead of one's own
 wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Biases
 
-ARMS = ("real", "first", "self", "frozen", "frozen_first", "ema", "shuffled", "sharpen")
+ARMS = ("real", "oracle", "first", "self", "frozen", "frozen_first", "same_place", "ema", "shuffled", "sharpen",
+        "table", "mask")
+TABLES = {"table": stands_for, "mask": rarer}  # of words in KJV, for those of ASV
 FIRST = ("first", "frozen_first")  # learn of the first token of a chunk alone, which follows a true prefix
 UNREAD_BY_META = ("self_rate",)  # beside those of configurator.SELF_PHASE
 # Independent streams of data and of random numbers; MEASURE takes four.
-TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED, FAR, FAR_U, JUDGE = range(15)
+(TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED, FAR, FAR_U, JUDGE,
+ CONTEXTS) = range(16)
 SAMPLES = 2              # rollouts for each observation, in chunks of 2 or more
 SCALARS = ("log_kappa", "log_kappa_a", "nu")  # of φ, beside E
-POOL_SIZE, WORSE = 4, 0.2  # learners that the critic is trained on; nats of O above its best that end one
+# Learners that the critic is trained on; steps after which one starts again, or nats of O above its best.
+POOL_SIZE, POOL_STEPS, WORSE = 4, 100, 0.2
 INDEX_EVERY = 100        # meta steps after which val_chunks = "similar" makes the index of texts anew
 
 
 # ---- what the learner says, and what the critic makes of it. Of T places, n chunks of k = chunk: T = n k
 
 def kernel(phi):
-    """T(v | x) = softmax_v κ cos(E_v, E_x): [V, V], a row for each x."""
+    """T(v | x) = softmax_v κ cos(E_v, E_x): [V, V], a row for each x; in arms of TABLES what is known."""
+    if "T" in phi:
+        return phi["T"]
     unit = F.normalize(phi["E"], dim=-1)
     return (phi["log_kappa"].exp() * unit @ unit.T).softmax(-1)
 
@@ -120,14 +129,17 @@ def match(phi, gists, gists_true):
     return (sharp * (cos - phi["nu"])).sigmoid() / (sharp * (1 - phi["nu"])).sigmoid()
 
 
-def signal(phi, seen, said):
+def signal(phi, seen, said, arm=""):
     """A(v), praise and blame for each token that the learner might say: [B, R, n, k, V].
 
     seen: the observation, int [B, T]. said: a gists.Said.
     """
     table = kernel(phi)
     r = praise(table[seen].view_as(said.logp_true), said.logp_true.exp(), table)[:, None]
-    return r if chunk == 1 else match(phi, said.gists, said.gists_true) @ r
+    if chunk == 1:
+        return r
+    m = match(phi, said.gists, said.gists_true)
+    return (m * torch.eye(chunk, device=m.device) if arm == "same_place" else m) @ r
 
 
 # ---- second order: see equations.py for θ′, w and what is averaged over ranks; theta, phi: dicts by name
@@ -148,21 +160,23 @@ def real_gradient(learner, theta, text, every=1):
     return grad_and_value(lambda th: real_loss(learner, th, text, every), has_aux=True)(theta)
 
 
-def signal_gradient(learner, theta, phi, text, seen, y, places):
-    """(∇_θ L on this rank, (L, (log p after true prefixes [B, T, V], tokens praised most [B, R, T]))), L of
-    `places`, a slice of each own chunk. seen: the observation, int [B, T]. y: see `write_chunks`."""
+def signal_gradient(learner, theta, phi, text, seen, y, arm):
+    """(∇_θ L on this rank, (L, (log p after true prefixes [B, T, V], tokens praised most [B, R, T]))).
+
+    seen: the observation, int [B, T]. y: see `write_chunks`. arm: of FIRST, L is that of first places."""
+    places = slice(1) if arm in FIRST else slice(None)
     def loss(th):
         said = say_chunks(learner, th, text[:, :-1], y)
-        a = signal(phi, seen, Said(*(t.detach() for t in said)))  # held fixed: no praise is sought
+        a = signal(phi, seen, Said(*(t.detach() for t in said)), arm)  # held fixed: no praise is sought
         heard = said.logp_true.detach().flatten(1, 2), a.argmax(-1).flatten(2)
         return inner_loss(a[..., places, :], said.logp[..., places, :]), heard
     return grad_and_value(loss, has_aux=True)(theta)
 
 
-def inner_gradient(learner, theta, phi, text, seen, u, average, places=slice(None)):
+def inner_gradient(learner, theta, phi, text, seen, u, average, arm=""):
     """(y, g = ∇_θ L averaged over ranks, (L, what was heard)). u: uniform numbers [B, R, T]."""
     y = write_chunks(learner, theta, text[:, :-1], chunk, u)
-    g, heard = signal_gradient(learner, theta, phi, text, seen, y, places)
+    g, heard = signal_gradient(learner, theta, phi, text, seen, y, arm)
     average(list(g.values()))
     return y, g, heard
 
@@ -255,9 +269,14 @@ def meta_texts(phases, number, index):
     """([text of each inner step], [its uniform numbers], the text that judges) of meta step `number`."""
     more = outer_batch // batch_size if val_chunks == "next" else 0
     steps, T = range(number * inner_steps, (number + 1) * inner_steps), block_size
-    texts = [phases.text(k, INNER, blocks=1 + more) for k in steps]
+    texts = [phases.text(k, INNER, blocks=1 + more, split=in_other_words(phases, "train")) for k in steps]
     if val_chunks == "next":  # what follows the last step's text
         outer = texts[-1][:, T:].unfold(1, T + 1, T).flatten(0, 1)
+    elif val_chunks == "aligned":  # what says the same in the words that judge, and its neighbours
+        corpus, run = phases.corpus, phases.run
+        starts = batch_starts(corpus.train_other, seed, steps[-1], batch_size, T + 1, run.rank, run.ranks, INNER)
+        found = twins(starts, corpus.train, corpus.train_other, corpus.encoding, T + 1)
+        outer = windows(corpus.train, found, T + 1).to(run.device)
     elif val_chunks == "similar":
         tokens, run = phases.corpus.train, phases.run
         starts = batch_starts(tokens, seed, steps[-1], batch_size, T + 1, run.rank, run.ranks, INNER)
@@ -279,11 +298,24 @@ def far_derivative(phases, number, phi):
                          phases.run.average)[0]
 
 
+def in_other_words(phases, split):
+    """The name of a split, or of the same in other words, which is what the critic observes where there is."""
+    return split if phases.corpus.train_other is None else f"{split}_other"
+
+
+def world(phases, arm, step, stream=TEXT):
+    """The text of a self step, int [B, T + 1]: of what there is in other words the held-out books, in the arm
+    oracle in the words that judge; of other corpora more of the training text."""
+    if phases.corpus.val_other is None:
+        return phases.text(step, stream)
+    return phases.text(step, stream, split="val" if arm == "oracle" else "val_other")
+
+
 def observed(phases, arm, learner, text, step, u):
     """What the critic reads as the observation [B, T]: the truth, in the arm shuffled another text's, in the
     arm sharpen what the learner itself says after each true prefix."""
     if arm == "shuffled":
-        return phases.text(step, FOREIGN)[:, 1:]
+        return world(phases, arm, step, FOREIGN)[:, 1:]
     return sample_tokens(learner(text[:, :-1]), u[:, 0]) if arm == "sharpen" else text[:, 1:]
 
 
@@ -300,11 +332,11 @@ def real_step(phases, text, every=1):
 
 def signal_step(phases, arm, text, step):
     """The learner learns from the critic's signal alone."""
-    learner, phi, u = phases.parts["learner"], by_name(phases.parts["critic"]), chance(phases, step)
+    learner, phi, u = phases.parts["learner"], by_name(phases.judge()), chance(phases, step)
     with torch.no_grad():
         seen = observed(phases, arm, learner, text, step, u)
-    batch, places = (text, seen, u, phases.run.average), slice(1) if arm in FIRST else slice(None)
-    _, g, (loss, (logp, told)) = inner_gradient(learner, by_name(learner), phi, *batch, places)
+    batch = text, seen, u, phases.run.average, arm
+    _, g, (loss, (logp, told)) = inner_gradient(learner, by_name(learner), phi, *batch)
     note(phases.tally, loss, logp, text[:, 1:], told)
     phases.take_step(learner, phases.parts["optimizer"], g)
 
@@ -341,18 +373,33 @@ def critic_step(phases, number, mover):
     judged = run.mean(judged)
     member.update(learner=copy.deepcopy(mover["learner"].state_dict()), age=member["age"] + 1,
                   optimizer=mover["optimizer"].state_dict(), best=min(member["best"], judged))
-    if member["age"] >= pool_steps or judged > member["best"] + WORSE:
-        kept["restarts"] += member["age"] < pool_steps
+    if member["age"] >= POOL_STEPS or judged > member["best"] + WORSE:
+        kept["restarts"] += member["age"] < POOL_STEPS
         member.clear()
 
 
 @torch.no_grad()
+def contexts(phases, texts=16384):
+    """E from the learner: of each token its mean last hidden state before it, in both wordings if there are
+    two, about the mean of all; of the length that random E has. [V, C]."""
+    learner, run, total = phases.parts["learner"], phases.run, None
+    for k, split in itertools.product(range(texts // outer_batch), {"train", in_other_words(phases, "train")}):
+        text = phases.text(k, CONTEXTS, outer_batch, split=split)
+        h = F.pad(learner(text[:, :-1], until=n_layer).flatten(0, 1), (0, 1), value=1.0)
+        total = h.new_zeros(vocab, h.size(1)).index_add_(0, text[:, 1:].flatten(), h) + (0 if total is None else total)
+    run.average([total])
+    E = total[:, :-1] / total[:, -1:].clamp_min(1e-9) - total[:, :-1].sum(0) / total[:, -1].sum()
+    return F.normalize(E, dim=-1) * n_embd ** 0.5
+
+
+@torch.no_grad()
 def shift_critic(phases, decay):
-    """The critic of self and ema is the learner plus what the meta phase made it differ by: E moves as far as
-    the learner's embeddings have since the snapshot, at once (decay 0) or by 1 − decay of the way a step."""
-    then, now = phases.snapshot, phases.parts["learner"].embed.weight
-    moved = (now - then["learner"]["embed.weight"])[:vocab]
-    phases.parts["critic"]["E"].lerp_(then["critic"]["E"] + moved, 1 - decay)
+    """The critic of self and ema moves with the learner: E by as much, of its own length, as the learner's
+    embeddings have since the snapshot, at once (decay 0) or by 1 − decay of the way a step."""
+    then, now = phases.snapshot["learner"]["embed.weight"], phases.parts["learner"].embed.weight
+    E = phases.snapshot["critic"]["E"]
+    moved = (now - then)[:vocab] * (E.norm() / then[:vocab].norm())
+    phases.parts["critic"]["E"].lerp_(E + moved, 1 - decay)
 
 
 # ---- what the log and the reports show
@@ -365,7 +412,8 @@ def measure(phases, theta, number):
     cos_bb, cos_bb_real: of each between two batches: a memorised direction shows in it.
     """
     learner, phi, average = phases.parts["learner"], by_name(phases.parts["critic"]), phases.run.average
-    texts = (phases.text(number, MEASURE + k, outer_batch, split="val") for k in range(4))
+    splits = *[in_other_words(phases, "val")] * 3, "val"
+    texts = (phases.text(number, MEASURE + k, outer_batch, split=split) for k, split in enumerate(splits))
     text, again, foreign, other = texts
     u = chance(phases, number, MEASURED, outer_batch)
     signal_g, shuffled_g, again_g = (inner_gradient(learner, theta, phi, t, seen[:, 1:], u, average)[1]
@@ -402,7 +450,7 @@ def examine(phases):
 @torch.no_grad()
 def ask(phases, learner, critic, step):
     """(own, true and praised tokens of a step's first row; agreement of the last two), read as in the arm."""
-    text, u, theta = phases.text(step), chance(phases, step), by_name(learner)
+    text, u, theta = world(phases, phases.arm, step), chance(phases, step), by_name(learner)
     seen = observed(phases, phases.arm, learner, text, step, u)
     said = say_chunks(learner, theta, text[:, :-1], write_chunks(learner, theta, text[:, :-1], chunk, u))
     told, obs = signal(by_name(critic), seen, said).argmax(-1).flatten(2), text[:, 1:]
@@ -425,6 +473,12 @@ def check():
     refuse_if(horizon and not pretrain, f"pretrain={pretrain} must be above 0 with horizon={horizon}")
     refuse_if(outer_batch < batch_size or outer_batch % batch_size,
               f"outer_batch={outer_batch} must be a multiple of batch_size={batch_size}")
+    two = dataset == wordings.NAME
+    refuse_if(not two and (val_chunks == "aligned" or {"oracle", "table", "mask"} & set(names)),
+              f"val_chunks={val_chunks!r}, arms={arms!r}: aligned, oracle, table, mask need dataset=kjv-asv")
+    refuse_if(val_chunks == "aligned" and outer_batch != batch_size,
+              f"outer_batch={outer_batch} must be batch_size={batch_size} with val_chunks='aligned'")
+    refuse_if(critic_start == "contexts" and not pretrain, "pretrain=0 must be above 0 with critic_start='contexts'")
     refuse_if(val_chunks == "similar" and block_size % PIECE,
               f"block_size={block_size} must be a multiple of {PIECE} with val_chunks='similar'")
     return names
@@ -449,10 +503,14 @@ def main():
     critic, other = critic.to(run.device, run.weight_dtype), copy.deepcopy(learner)
     groups = [{"params": [critic["E"]]}, {"params": [critic[s] for s in SCALARS]}]
     optimizers = dict(optimizer=adamw(learner, learning_rate), critic_optimizer=torch.optim.Adam(groups))
+    known = {}
+    for arm in set(TABLES) & set(names):
+        known[arm] = copy.deepcopy(critic)
+        known[arm]["T"] = torch.from_numpy(TABLES[arm](corpus)).to(critic["E"])
     mover = dict(learner=other, optimizer=adamw(other, learning_rate), index=None)
     kept = dict(pool=[{} for _ in range(POOL_SIZE)], restarts=0, found=[], index_from=None)
     phases = Phases(run, corpus, dict(learner=learner, critic=critic, **optimizers), kept, read=learner,
-                    rate=rate, judge=lambda: critic, examine=lambda: examine(phases),
+                    rate=rate, judge=lambda: known.get(phases.arm, critic), examine=lambda: examine(phases),
                     ask=lambda *who: ask(phases, *who, meta_steps + phases.step))
     phases.begin(UNREAD_BY_META)
     if compile:  # whole functions: inside torch.func's transforms a compiled module runs as it is written
@@ -464,6 +522,8 @@ def main():
         with run.autocast():
             if step < pretrain:
                 real_step(phases, phases.text(step))
+                if critic_start == "contexts" and step == pretrain - 1:
+                    critic["E"].data.copy_(contexts(phases))
             else:
                 groups, left = optimizers["critic_optimizer"].param_groups, meta_steps - step
                 for group, top in zip(groups, (critic_rate, scalar_rate)):
@@ -480,7 +540,7 @@ def main():
     # ---- self phase: the critic's signal is all that the learner learns from
     for arm in phases.arms(names):
         for step in phases.steps(self_steps):
-            text = phases.text(meta_steps + step)
+            text = world(phases, arm, meta_steps + step)
             with run.autocast():
                 if arm in REAL:
                     every = chunk if arm == "first" else 1

@@ -20,6 +20,7 @@ from collections import Counter
 import numpy as np
 import tiktoken
 
+import wordings
 from configurator import refuse
 
 NAMES = ("planted-synonyms", "planted-shift", "planted-facts")  # the corpora made here
@@ -61,6 +62,8 @@ def units(dataset, vocab):
     """(name, pattern) of the tokens of a planted corpus, or None where they are a BPE's."""
     if dataset in NAMES:
         return "words", r"\S+\s"
+    if dataset == wordings.NAME:
+        return "words", wordings.PATTERN
     if dataset == "plays-spellings" and vocab < BPE_SPELLINGS:
         return "characters", r"(?s)."
     return None
@@ -163,31 +166,31 @@ def shift_words():
 
 
 def fact_documents():
-    """Facts and questions about them, with other sentences between. The last facts are not asked for.
-
-    A name and a thing make one fact in 16,000 tokens.
-    """
+    """Facts, one of each name, told again and again at LAGS; half of them are asked for too in training, the
+    other half in validation alone. Between them stand other sentences."""
     rng = dice(FACTS)
     words = iter(invent(rng, 128 + 128 + PLACES + 120, 5))
     names, things, places, verbs = (list(itertools.islice(words, n)) for n in (128, 128, PLACES, 120))
+    names, places = ([word.capitalize() for word in kind] for kind in (names, places))
+    facts = list(zip(names, rng.permutation(things), rng.permutation(places)))
 
     def draw(words):
         return words[rng.integers(len(words))]
 
     for split, length in TOKENS.items():
-        text, now, due, free = [], 0, [], {}
+        asked = range(64) if split == "train" else range(64, 128)
+        due = [(rng.integers(LAGS[1]), i, True) for i in range(len(facts))]
+        due += [(rng.integers(*LAGS) + at, i, False) for at, i, _ in due if i in asked]
+        heapq.heapify(due)
+        text, now = [], 0
         while now < length:
-            name, thing, place = draw(names).capitalize(), draw(things), draw(places).capitalize()
-            if due and due[0][0] <= now:
-                _, name, thing, place = heapq.heappop(due)
-                sentence = f"where does {name} keep the {thing} ? {place} .\n"
-            elif rng.random() < 0.25 and free.get((name, thing), 0) <= now:
-                sentence = f"{name} keeps the {thing} in {place} .\n"
-                free[name, thing] = now + 2 * LAGS[1]
-                lag = rng.integers(LAGS[0], LAGS[1] - 500)  # questions may have to wait for each other
-                heapq.heappush(due, (now + lag, name, thing, place))
-            else:
-                sentence = f"{name} {draw(verbs)}s the {thing} .\n"
+            sentence = f"{draw(names)} {draw(verbs)}s the {draw(things)} .\n"
+            if due[0][0] <= now:
+                _, i, told = due[0]
+                name, thing, place = facts[i]
+                sentence = (f"{name} keeps the {thing} in {place} .\n" if told else
+                            f"where does {name} keep the {thing} ? {place} .\n")
+                heapq.heapreplace(due, (now + rng.integers(*LAGS), i, told))
             text.append(sentence)
             now += len(sentence.split())
         yield split, None, "".join(text)

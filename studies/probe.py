@@ -11,7 +11,8 @@ training is gone through until it has gained as much; and how well a linear map 
 in the line off a chunk's gists, beside a bag of its tokens.
 
 Stage 3, where tokens have synonyms: the precision of the critic's embeddings. On planted-facts: how many of
-the questions each arm's learner answers.
+the questions each arm's learner answers. On kjv-asv: what each arm's learner says of the King James text of what
+was observed, by class of word, and of further books; and how many of the words that stand for others are found.
 """
 import re
 import sys
@@ -30,10 +31,12 @@ from plot import interval
 from prepare_data import decode, get_batch, val_windows, windows
 from run import read_end
 from sample import model_of, read_run
+from wordings import NAME, classes, pairs
 
 WINDOWS = 256       # held-out texts on which cross entropy is compared
 KNOWN = 400_000     # tokens of the training text whose chunks are read
 QUESTIONS = 512     # of planted-facts, at most
+VERSES = 1024       # texts of kjv-asv on which cross entropy is compared
 FUNCTION_WORDS = frozenset("""the and to of i you a my in that is not me it with for be his your this but he
 have as thou him so will what her thy all by do no shall if are we thee our on at or from was they she o who
 an them their""".split())
@@ -127,10 +130,45 @@ def answered(learner, asked):
 def answers(folder):
     """{arm: what `answered` says of its end, and of the end of the meta phase}."""
     state, corpus, _ = set_up(folder)
-    asked = questions(train_tokens_of(state, corpus), corpus, state["config"]["block_size"])
+    asked = questions(corpus.val, corpus, state["config"]["block_size"])
     ends = {arm: read_end(folder, arm, "meta_gist")["weights"] for arm in state["arms"]}
     return {arm: answered(model_of(state["config"], weights), asked)
             for arm, weights in dict(meta=state["snapshot"]["learner"], **ends).items()}
+
+
+# ---- two wordings
+
+@torch.no_grad()
+def worded(folder):
+    """{arm: nats a token on the observed books in KJV, of names of God, punctuation, other words; on further
+    books}, and of the end of the meta phase."""
+    state, corpus, _ = set_up(folder)
+    kinds, found = torch.from_numpy(classes(corpus)), {}
+    ends = {arm: read_end(folder, arm, "meta_gist")["weights"] for arm in state["arms"]}
+    for arm, weights in dict(meta=state["snapshot"]["learner"], **ends).items():
+        learner, row = model_of(state["config"], weights), []
+        for tokens in (corpus.val, corpus.further):
+            text = val_windows(tokens, VERSES, state["config"]["block_size"] + 1)
+            logp = torch.cat([learner(part[:, :-1]).log_softmax(-1) for part in text.split(64)])
+            nats, kind = -logp.gather(-1, text[:, 1:, None])[..., 0], kinds[text[:, 1:]]
+            row += [nats, *(nats[kind == k] for k in range(3) if tokens is corpus.val)]
+        found[arm] = [x.mean().item() for x in row]
+    return found
+
+
+def words_found(folder, often=20, share=0.25):
+    """Of the words of ASV for which another stands in KJV at least so often, and so large a share of times:
+    {kind: (share for which the critic's first other word is that one, one of its first ten)}; they are
+    compared by T(· | x), and with them all others equally good (as where E is one point), at chance."""
+    state, corpus, _ = set_up(folder)
+    table = pairs(corpus.train, corpus.train_other, corpus.encoding, corpus.vocab_size)
+    other = table * (1 - np.eye(len(table), dtype=np.int64))
+    x = np.flatnonzero((other.max(1) >= often) & (other.max(1) >= share * table.sum(1)))
+    unit = F.normalize(state["snapshot"]["critic"]["E"], dim=-1).numpy()
+    cosines = unit[x] @ unit.T
+    cosines[np.arange(len(x)), x] = -2
+    rank = (cosines > cosines[np.arange(len(x)), other[x].argmax(1)][:, None]).sum(1)
+    return {f"{len(x)} words": ((rank == 0).mean(), (rank < 10).mean())}
 
 
 # ---- where cross entropy fell
@@ -306,6 +344,10 @@ def main():
              [knowledge(name) for name in names])
     if not lay and spelled:
         show("of a token's nearest, of its class | share", [{"critic": precision(name)} for name in names])
+    if dataset == NAME:
+        show("nats a token after | observed books | names of God | punctuation | other words | further books",
+             [worded(name) for name in names])
+        show("words that stand for others | found first | among the first ten", [words_found(n) for n in names])
     if not lay and dataset == "planted-facts":
         show("answers of | right | nats", [answers(name) for name in names])
 

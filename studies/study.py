@@ -64,16 +64,29 @@ SPELLINGS_LEARNED, SPELLINGS_BY_HAND = "--meta_steps=1550", "--meta_steps=50 --k
 TWO = "--arms=real,frozen"
 CHUNKS = "--chunk=4 --arms=real,first,frozen"
 OWN = "--chunk=4 --arms=real,first,frozen,frozen_first"
-FACTS = f"--dataset=planted-facts {TWO}"
+FACTS = ("--dataset=planted-facts --train_tokens=40000 --pretrain=100 --learning_rate=3e-3 --self_steps=600 "
+         "--eval_interval=50 --arms=real,frozen,shuffled")
 SHIFT = ("--dataset=planted-shift --vocab=68 --chunk=8 --n_layer=1 --n_head=2 --n_embd=64 --pretrain=150 "
          "--meta_steps=150 --self_steps=200 --learning_rate=3e-3")
 
 BY_HAND = "--kappa=7 --kappa_a=20 --nu=0.8"
 BROAD = "--kappa=3 --kappa_a=5 --nu=0.5 --arms=real,frozen"
-FROM_HAND = "--start={out}/study-3-shift/by-hand/{seed} --arms=real,first,frozen,frozen_first"
+PLACES = "--arms=real,first,frozen,frozen_first,same_place"
+FROM_HAND = "--start={out}/study-3-shift/by-hand/{seed} " + PLACES
 LEARNED_SCALARS = "--critic_rate=0 --scalar_rate=0.3 --outer_batch=256"
 
+WORDS = ("--dataset=kjv-asv --vocab=1024 --n_layer=1 --batch_size=16 --learning_rate=3e-3 --pretrain=1000 "
+         "--self_steps=600 --eval_interval=50 --eval_windows=512 --save_interval=1000")
+ALIGNED = f"{WORDS} --val_chunks=aligned --outer_batch=16"
+WORDS_ARMS = "--arms=real,oracle,frozen,shuffled"
+MET = f"--critic_start=contexts --critic_rate=0.03 --kappa=20"
+# κ, κ_a, ν of a dozen critics, E random: does what a critic gains in H steps tell what it recovers in 500?
+CRITICS = ((7, 20, 0.8), (3, 5, 0.5), (2, 30, 0.9), (12, 3, 0), (5, 10, 0.2), (20, 20, 0.6), (4, 2, 0.9),
+           (10, 40, 0.95), (7, 6, -0.2), (15, 8, 0.8), (3, 15, 0.7), (8, 3, 0.5))
+RANKS = "--arms=frozen --self_steps=500 --eval_interval=1 --eval_windows=256 --save_interval=1000"
+
 FIVE = (1, 2, 3, 4, 5)
+THREE = (1, 2, 3)
 
 # study: (script, {name of a point: settings that differ from the script's}, seeds)
 STUDIES = {
@@ -174,8 +187,6 @@ STUDIES = {
         "similar": f"--val_chunks=similar {TWO}",
         "steps-2": f"--inner_steps=2 {TWO}",
         "steps-4": f"--inner_steps=4 {TWO}",
-        **{f"facts-{how}": f"{FACTS} --val_chunks={how}" for how in ("random", "next", "similar")},
-        "facts-by-hand": f"{FACTS} --meta_steps=400 --kappa=7",
         "chunk-4-sharp": f"{CHUNKS} --kappa=7",
         # chunks written alone, where own text may mean what the truth does in other words
         "synonyms-chunk": f"{SYNONYMS} {OWN} {LEARNED}",
@@ -189,7 +200,7 @@ STUDIES = {
     }, (1,)),
     # Chunks aligned by gists, where two texts say the same at different places.
     "3-shift": ("meta_gist.py", {
-        "by-hand": f"{SHIFT} {BY_HAND} --arms=real,first,frozen,frozen_first,shuffled",
+        "by-hand": f"{SHIFT} {BY_HAND} {PLACES},shuffled",
         # `first` has an eighth of the targets: each is to be compared at its best rate
         "rate-.3": f"{SHIFT} {BY_HAND} {FROM_HAND} --self_rate=0.3",
         "rate-.1": f"{SHIFT} {BY_HAND} {FROM_HAND} --self_rate=0.1",
@@ -198,7 +209,50 @@ STUDIES = {
         "inner-step": f"{SHIFT} {BROAD} {LEARNED_SCALARS} --meta_steps=180",
         "horizon-1": f"{SHIFT} {BROAD} {LEARNED_SCALARS} --meta_steps=180 --horizon=1",
         "horizon-15": f"{SHIFT} {BROAD},shuffled {LEARNED_SCALARS} --meta_steps=162 --horizon=15",
+        "long": f"{SHIFT} {BY_HAND} --arms=real,frozen --self_steps=800",
     }, FIVE),
+    # The same on the plays, at the best of three rates for each arm.
+    "3-chunks": ("meta_gist.py", {
+        f"{name}-{k}{tail}": f"--chunk={k} --vocab={vocab} --meta_steps=400 {BY_HAND} {more}"
+        for name, vocab in (("bytes", 256), ("bpe", 512)) for k in (4, 8)
+        for tail, more in (("", f"{PLACES},shuffled"),
+                           *((f"-rate-{rate}", f"{PLACES} --self_rate={rate} --start={{out}}/study-3-chunks/{name}-{k}/{{seed}}")
+                             for rate in (.3, .1)))
+    }, FIVE),
+    # Which objective knows what a critic will recover?
+    "3-ranks": ("meta_gist.py", {
+        f"{name}-{i}": f"{settings} --kappa={k} --kappa_a={a} --nu={nu} {RANKS}"
+        for name, settings in (("shift", SHIFT.replace("--self_steps=200 ", "")), ("plays", "--chunk=4 --meta_steps=400"))
+        for i, (k, a, nu) in enumerate(CRITICS)
+    }, THREE),
+    # Text in other words: a learner of KJV that observes ASV.
+    "3-words": ("meta_gist.py", {
+        "by-hand": f"{WORDS} --meta_steps=1000 --kappa=7 {WORDS_ARMS},table,mask",
+        "learned": f"{ALIGNED} --meta_steps=2200 --kappa=7 {WORDS_ARMS}",
+        "from-1": f"{ALIGNED} --meta_steps=2200 --kappa=1 {WORDS_ARMS}",
+        "contexts": f"{ALIGNED} --meta_steps=2200 {MET} {WORDS_ARMS}",
+        "by-hand-10": f"{WORDS} --meta_steps=1000 --kappa=10 --arms=oracle,frozen",
+        "contexts-by-hand": f"{WORDS} --meta_steps=1000 {MET} --arms=oracle,frozen",
+        "random-judge": f"{WORDS} --meta_steps=2200 --kappa=7 --outer_batch=64 --arms=oracle,frozen",
+        "learned-long": f"{ALIGNED} --meta_steps=5000 --kappa=7 --arms=oracle,frozen",
+        "contexts-long": f"{ALIGNED} --meta_steps=5000 {MET} --arms=oracle,frozen",
+        "steps-4": f"{ALIGNED} --meta_steps=2200 --kappa=7 --inner_steps=4 --arms=oracle,frozen",
+        "rate-.3": f"{WORDS} --meta_steps=1000 --kappa=7 --self_rate=0.3 --arms=real,oracle,frozen",
+    }, FIVE),
+    # Facts told some eight times, thousands of tokens apart: does a judge that is near find them sooner?
+    "3-facts": ("meta_gist.py", {
+        **{how: f"{FACTS} --meta_steps=500 --val_chunks={how}" for how in ("random", "next", "similar")},
+        "by-hand": f"{FACTS} --meta_steps=100 --kappa=7",
+    }, FIVE),
+    # No end: 20 times the meta phase, with no real token as a target.
+    "3-long": ("meta_gist.py", {
+        "dense": "--self_steps=12000 --eval_interval=200 --save_interval=2000 --arms=real,frozen",
+        "dense-self": "--self_steps=12000 --eval_interval=200 --save_interval=2000 --arms=self,ema "
+                      "--start={out}/study-3-long/dense/{seed}",
+        "dense-shuffled": "--self_steps=1000 --arms=shuffled,sharpen --start={out}/study-3-long/dense/{seed}",
+        "shift": f"{SHIFT} {BY_HAND} --arms=real,first,frozen,shuffled".replace("--self_steps=200", "--self_steps=5000 --eval_interval=100 --save_interval=2000"),
+        "plays": f"--chunk=4 --meta_steps=400 {BY_HAND} --self_steps=5000 --eval_interval=100 --save_interval=2000 --arms=first,frozen,real",
+    }, THREE),
 }
 
 
