@@ -1,7 +1,7 @@
 """
 The mathematics around the stages, each piece once: praise, the moving average, the optimizer's step as a
-function, and one inner step with its way back. θ (theta) is the learner, φ (phi) the critic; weights and
-gradients are dicts by name.
+function, one inner step with its way back, and the way forward through many steps. θ (theta) is the learner,
+φ (phi) the critic; weights and gradients are dicts by name.
 
 How should the critic have moved the learner's step, so that other text had gained from it? With
 
@@ -18,8 +18,10 @@ products are linear in what each rank sees, so g is averaged before the step and
 ranks then find what one finds with the whole batch. The mean of second orders that each rank computed alone
 is another thing.
 """
+import functools
+
 import torch
-from torch.func import functional_call
+from torch.func import functional_call, jvp, vmap
 
 
 def by_name(module):
@@ -74,6 +76,30 @@ def praise(of_truth, p, kernel):
     of_truth: K(x, ·), [..., V]. p: the learner's distribution [..., V]. kernel: K, [V, V] or [..., V, V].
     """
     return of_truth - (p.unsqueeze(-2) @ kernel).squeeze(-2)
+
+
+def hypergradient(gradient, step, outer_gradient, theta, moments, phi, scalars, horizon, average):
+    """{s: dO(θ_H)/ds} of a few scalars s of φ, through H of the learner's own steps: forward mode.
+
+    θ ← step(θ, m, g), g = ∇_θ L(θ, φ). The tangents t = dθ/ds, and dm of the moments, start at zero:
+
+        ġ = ∂_θ g · t + ∂_s g        (t, dm) ← d step · (t, dm, ġ)        at last dO/ds = ⟨∇O(θ_H), t⟩
+
+    g and ġ are linear in what each rank sees, and averaged. gradient(k, θ): g of step k as a function of
+    θ and φ. step(k, θ, moments, g). outer_gradient(θ): ∇O. scalars: names in φ. average: as elsewhere.
+    """
+    zero = lambda tensors: {n: p.new_zeros(len(scalars), *p.shape) for n, p in tensors.items()}
+    t, dm, e = zero(theta), tuple(zero(m) for m in moments), zero(phi)
+    for i, s in enumerate(scalars):
+        e[s][i] = 1
+    push = lambda f, at, ways: vmap(lambda *way: jvp(f, at, way), out_dims=(None, 0))(*ways)
+    for k in range(horizon):
+        g, dg = push(gradient(k, theta), (theta, phi), (t, e))
+        average([*g.values(), *dg.values()])
+        (theta, moments), (t, dm) = push(functools.partial(step, k), (theta, moments, g), (t, dm, dg))
+    lam = outer_gradient(theta)
+    average(list(lam.values()))
+    return {s: dot(lam, {n: p[i] for n, p in t.items()}) for i, s in enumerate(scalars)}
 
 
 @torch.no_grad()

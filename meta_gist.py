@@ -3,6 +3,7 @@ Stage 3: can the signal itself be learned, by how much learning from it helps?
 
     python meta_gist.py                                     # two cores, about 2 minutes
     python meta_gist.py --chunk=4                           # chunks that the learner writes alone
+    python meta_gist.py --dataset=kjv-asv --vocab=1024      # text in other words, see README.md
     torchrun --standalone --nproc_per_node=8 meta_gist.py   # the same run on any number of ranks
 
 The learner p_θ writes where it could have read x. The critic φ, embeddings E that start random and a
@@ -25,28 +26,28 @@ does not tell a broad match from a sharp one: κ_a and ν stay, or are judged af
 An arm is one self phase. real: θ learns from the true tokens. frozen, self, ema: from the signal of φ as the
 meta phase left it, moved as far as the learner has since, or by a moving average of that. shuffled, sharpen:
 as frozen, but the observation x is another text's, or what the learner says itself. first, frozen_first: as
-real and frozen, at the first token of each chunk alone. Arms are compared by gold, held-out cross entropy.
+real and frozen, at the first token of each chunk alone; same_place: as frozen, m_ji = 0 unless i = j. Of text
+in two wordings (wordings.py) the one is spoken and judges, the other is observed; oracle: θ learns from true
+tokens of the first; table, mask: T is known. Arms are compared by gold, held-out cross entropy.
 """
 import copy
-import itertools
 import math
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call, grad, grad_and_value, jvp, vjp, vmap
+from torch.func import functional_call, grad, grad_and_value, jvp, vjp
 
+import wordings
 from configurator import chosen, refuse_if
-from equations import adamw_step, add, by_name, dot, inner_step, praise, pull_back
+from equations import adamw_step, add, by_name, dot, hypergradient, inner_step, praise, pull_back
 from gists import PIECE, Said, make_index, nearest, say_chunks, write_chunks
 from model import GPT, GPTConfig, adamw, sample_tokens
 from phases import REAL, Phases, read_corpus
 from prepare_data import batch_starts, val_windows, windows
 from run import open_run
 from watch import MEMORY, note
-import wordings
-from wordings import rarer, stands_for, twins
 
 # --- experiment
 arms = "real,frozen,self,ema,shuffled,sharpen"  # any of these, and first, frozen_first
@@ -55,17 +56,17 @@ pretrain = 400          # of these, steps of the learner alone, on real text; th
 self_steps = 500        # steps of each arm, with the critic's signal
 # --- the signal
 chunk = 1               # tokens that the learner writes alone, from a true prefix
-critic_start = "random" # "random" | "contexts": E at the start: random, or where the learner meets each token
 kappa = 1.0             # sharpness that the critic starts with
 kappa_a = 20.0          # of chunks of 2 or more: the sharpness of the match of gists that it starts with
 nu = 0.8                # the cosine of gists at which a match is a half, that it starts with
 # --- second order
 inner_steps = 1         # steps that the learner takes before the outer loss judges
 inner_length = 0.05     # length of an inner step, in the norm of all weights
-val_chunks = "random"   # "next" | "random" | "similar" | "aligned": what judges: the text that follows, any, the nearest
+val_chunks = "random"   # "random" | "similar" | "aligned": any text judges, the nearest, or a wording
 outer_batch = 64        # sequences that judge
 critic_rate = 0.1       # Adam's learning rate of E, falling to 0 in a line; its entries are of about 1
 scalar_rate = 0.03      # the same of log κ, log κ_a and ν
+pool_steps = 100        # steps after which a learner of the pool starts again; sooner if it gets worse
 horizon = 0             # own steps of the learner that judge these three; 0: an inner step judges κ alone
 # --- self phase
 self_rate = 1.0         # learning rate of the self phase, as a share of learning_rate
@@ -97,18 +98,15 @@ resume = ""             # the folder of a run to go on with
 start = ""              # the folder of a run whose finished meta phase to start from, instead of one's own
 wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Biases
 
-ARMS = ("real", "oracle", "first", "self", "frozen", "frozen_first", "same_place", "ema", "shuffled", "sharpen",
-        "table", "mask")
-TABLES = {"table": stands_for, "mask": rarer}  # of words in KJV, for those of ASV
+ARMS = ("real", "oracle", "first", "self", "frozen", "frozen_first", "same_place", "ema", "shuffled",
+        "sharpen", "table", "mask")
+TABLES = {"table": wordings.stands_for, "mask": wordings.rarer}  # kernels that are known
 FIRST = ("first", "frozen_first")  # learn of the first token of a chunk alone, which follows a true prefix
-UNREAD_BY_META = ("self_rate",)  # beside those of configurator.SELF_PHASE
 # Independent streams of data and of random numbers; MEASURE takes four.
-(TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED, FAR, FAR_U, JUDGE,
- CONTEXTS) = range(16)
+TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED, FAR, FAR_U, JUDGE = range(15)
 SAMPLES = 2              # rollouts for each observation, in chunks of 2 or more
 SCALARS = ("log_kappa", "log_kappa_a", "nu")  # of φ, beside E
-# Learners that the critic is trained on; steps after which one starts again, or nats of O above its best.
-POOL_SIZE, POOL_STEPS, WORSE = 4, 100, 0.2
+POOL_SIZE, WORSE = 4, 0.2  # learners that the critic is trained on; nats of O above its best that end one
 INDEX_EVERY = 100        # meta steps after which val_chunks = "similar" makes the index of texts anew
 
 
@@ -226,38 +224,6 @@ def meta_step(learner, theta, phi, texts, chances, outer, average):
     return dphi, loss, first
 
 
-# ---- forward mode: the scalars s of φ, judged by where the learner's own steps lead
-
-def own_gradient(learner, theta, phi, text, y):
-    """∇_θ L on this rank as a function of θ and φ: A is fixed inside it, and moves with both."""
-    logp = lambda th: say_chunks(learner, th, text[:, :-1], y, fused=False)
-    a = signal(phi, text[:, 1:], logp(theta))
-    return grad(lambda th: inner_loss(a, logp(th).logp))(theta)
-
-
-def hypergradient(learner, theta, moments, phi, texts, chances, outer, rate, count, average):
-    """({s: dO(θ_H)/ds}, O(θ_H)) through H of the learner's own steps, the first of them after step `count`.
-
-    θ ← step(θ, moments, g). The tangents t = dθ/ds, and dm of the moments, start at zero and follow it:
-    ġ = ∂_θ g · t + ∂_s g, (t, dm) ← d step · (t, dm, ġ); at last dO/ds = ⟨∇O, t⟩. g and ġ are linear in what
-    each rank sees, and averaged. What the learner writes is data.
-    """
-    zero = lambda tensors: {n: p.new_zeros(len(SCALARS), *p.shape) for n, p in tensors.items()}
-    t, dm, e = zero(theta), (zero(theta), zero(theta)), zero(phi)
-    for i, s in enumerate(SCALARS):
-        e[s][i] = 1
-    push = lambda f, at, ways: vmap(lambda *way: jvp(f, at, way), out_dims=(None, 0))(*ways)
-    for k, (text, u) in enumerate(zip(texts, chances), count + 1):
-        y = write_chunks(learner, theta, text[:, :-1], chunk, u)
-        g, dg = push(lambda th, ph: own_gradient(learner, th, ph, text, y), (theta, phi), (t, e))
-        average([*g.values(), *dg.values()])
-        step = lambda th, before, g: adamw_step(th, before, g, rate, k, grad_clip)
-        (theta, moments), (t, dm) = push(step, (theta, moments, g), (t, dm, dg))
-    lam, (loss, _) = real_gradient(learner, theta, outer)
-    average(list(lam.values()))
-    return {s: dot(lam, {n: p[i] for n, p in t.items()}) for i, s in enumerate(SCALARS)}, loss
-
-
 # ---- what a step reads
 
 def chance(phases, step, stream=CHANCE, rows=None):
@@ -267,55 +233,52 @@ def chance(phases, step, stream=CHANCE, rows=None):
 
 def meta_texts(phases, number, index):
     """([text of each inner step], [its uniform numbers], the text that judges) of meta step `number`."""
-    more = outer_batch // batch_size if val_chunks == "next" else 0
     steps, T = range(number * inner_steps, (number + 1) * inner_steps), block_size
-    texts = [phases.text(k, INNER, blocks=1 + more, split=in_other_words(phases, "train")) for k in steps]
-    if val_chunks == "next":  # what follows the last step's text
-        outer = texts[-1][:, T:].unfold(1, T + 1, T).flatten(0, 1)
-    elif val_chunks == "aligned":  # what says the same in the words that judge, and its neighbours
-        corpus, run = phases.corpus, phases.run
-        starts = batch_starts(corpus.train_other, seed, steps[-1], batch_size, T + 1, run.rank, run.ranks, INNER)
-        found = twins(starts, corpus.train, corpus.train_other, corpus.encoding, T + 1)
-        outer = windows(corpus.train, found, T + 1).to(run.device)
-    elif val_chunks == "similar":
-        tokens, run = phases.corpus.train, phases.run
-        starts = batch_starts(tokens, seed, steps[-1], batch_size, T + 1, run.rank, run.ranks, INNER)
-        found = nearest(index, torch.from_numpy(starts), outer_batch // batch_size, T, len(tokens))
-        outer = windows(tokens, found.flatten().numpy(), T + 1).to(run.device)
-    else:
-        outer = phases.text(number, OUTER, rows=outer_batch)
-    return [text[:, :T + 1] for text in texts], [chance(phases, k, ROLLOUT) for k in steps], outer
+    texts = [phases.text(k, INNER, split="train_other") for k in steps]
+    outer, corpus, run = phases.text(number, OUTER, rows=outer_batch), phases.corpus, phases.run
+    if val_chunks != "random":
+        where = seed, steps[-1], batch_size, T + 1, run.rank, run.ranks, INNER
+        starts = batch_starts(corpus.train_other, *where)
+        if val_chunks == "similar":
+            found = nearest(index, torch.from_numpy(starts), outer_batch // batch_size, T, len(corpus.train))
+        else:
+            found = wordings.twins(starts, corpus.train, corpus.train_other, corpus.encoding, T + 1)
+        outer = windows(corpus.train, np.ravel(found), T + 1).to(run.device)
+    return texts, [chance(phases, k, ROLLOUT) for k in steps], outer
 
 
 def far_derivative(phases, number, phi):
     """dO/ds of the scalars after `horizon` own steps from the pretrained learner; see `hypergradient`."""
     learner, state = phases.parts["learner"], phases.parts["optimizer"].state
-    moments = [{n: state[p][m] for n, p in learner.named_parameters()} for m in ("exp_avg", "exp_avg_sq")]
-    steps = range(number * horizon, (number + 1) * horizon)
-    texts, chances = [phases.text(k, FAR) for k in steps], [chance(phases, k, FAR_U) for k in steps]
-    judge, top = phases.text(number, JUDGE, rows=outer_batch), rate("meta", pretrain)
-    return hypergradient(learner, by_name(learner), tuple(moments), phi, texts, chances, judge, top, pretrain,
-                         phases.run.average)[0]
+    moment = lambda name: {n: state[p][name] for n, p in learner.named_parameters()}
+
+    def own_gradient(k, theta):
+        """∇_θ L on this rank after k steps, of θ and φ: A is fixed inside it, and moves with both."""
+        text, u = phases.text(number * horizon + k, FAR), chance(phases, number * horizon + k, FAR_U)
+        y = write_chunks(learner, theta, text[:, :-1], chunk, u)  # what the learner writes is data
+        said = lambda th: say_chunks(learner, th, text[:, :-1], y, fused=False)
+        fixed = lambda a: grad(lambda th: inner_loss(a, said(th).logp))
+        return lambda th, ph: fixed(signal(ph, text[:, 1:], said(th)))(th)
+
+    own_step = lambda k, *now: adamw_step(*now, rate("meta", pretrain), pretrain + k + 1, grad_clip)
+    outer_gradient = lambda th: real_gradient(learner, th, phases.text(number, JUDGE, rows=outer_batch))[0]
+    return hypergradient(own_gradient, own_step, outer_gradient, by_name(learner),
+                         (moment("exp_avg"), moment("exp_avg_sq")), phi, SCALARS, horizon, phases.run.average)
 
 
-def in_other_words(phases, split):
-    """The name of a split, or of the same in other words, which is what the critic observes where there is."""
-    return split if phases.corpus.train_other is None else f"{split}_other"
-
-
-def world(phases, arm, step, stream=TEXT):
-    """The text of a self step, int [B, T + 1]: of what there is in other words the held-out books, in the arm
-    oracle in the words that judge; of other corpora more of the training text."""
-    if phases.corpus.val_other is None:
+def world(phases, step, stream=TEXT):
+    """The text of a step, int [B, T + 1]. Where there are two wordings an arm observes the other one of the
+    held-out books, and oracle the one that judges."""
+    if phases.arm == "meta" or dataset != wordings.NAME:
         return phases.text(step, stream)
-    return phases.text(step, stream, split="val" if arm == "oracle" else "val_other")
+    return phases.text(step, stream, split="val" if phases.arm == "oracle" else "val_other")
 
 
 def observed(phases, arm, learner, text, step, u):
     """What the critic reads as the observation [B, T]: the truth, in the arm shuffled another text's, in the
     arm sharpen what the learner itself says after each true prefix."""
     if arm == "shuffled":
-        return world(phases, arm, step, FOREIGN)[:, 1:]
+        return world(phases, step, FOREIGN)[:, 1:]
     return sample_tokens(learner(text[:, :-1]), u[:, 0]) if arm == "sharpen" else text[:, 1:]
 
 
@@ -373,23 +336,9 @@ def critic_step(phases, number, mover):
     judged = run.mean(judged)
     member.update(learner=copy.deepcopy(mover["learner"].state_dict()), age=member["age"] + 1,
                   optimizer=mover["optimizer"].state_dict(), best=min(member["best"], judged))
-    if member["age"] >= POOL_STEPS or judged > member["best"] + WORSE:
-        kept["restarts"] += member["age"] < POOL_STEPS
+    if member["age"] >= pool_steps or judged > member["best"] + WORSE:
+        kept["restarts"] += member["age"] < pool_steps
         member.clear()
-
-
-@torch.no_grad()
-def contexts(phases, texts=16384):
-    """E from the learner: of each token its mean last hidden state before it, in both wordings if there are
-    two, about the mean of all; of the length that random E has. [V, C]."""
-    learner, run, total = phases.parts["learner"], phases.run, None
-    for k, split in itertools.product(range(texts // outer_batch), {"train", in_other_words(phases, "train")}):
-        text = phases.text(k, CONTEXTS, outer_batch, split=split)
-        h = F.pad(learner(text[:, :-1], until=n_layer).flatten(0, 1), (0, 1), value=1.0)
-        total = h.new_zeros(vocab, h.size(1)).index_add_(0, text[:, 1:].flatten(), h) + (0 if total is None else total)
-    run.average([total])
-    E = total[:, :-1] / total[:, -1:].clamp_min(1e-9) - total[:, :-1].sum(0) / total[:, -1].sum()
-    return F.normalize(E, dim=-1) * n_embd ** 0.5
 
 
 @torch.no_grad()
@@ -412,9 +361,8 @@ def measure(phases, theta, number):
     cos_bb, cos_bb_real: of each between two batches: a memorised direction shows in it.
     """
     learner, phi, average = phases.parts["learner"], by_name(phases.parts["critic"]), phases.run.average
-    splits = *[in_other_words(phases, "val")] * 3, "val"
-    texts = (phases.text(number, MEASURE + k, outer_batch, split=split) for k, split in enumerate(splits))
-    text, again, foreign, other = texts
+    text, again, foreign = (phases.text(number, MEASURE + k, outer_batch, "val_other") for k in range(3))
+    other = phases.text(number, MEASURE + 3, outer_batch, "val")
     u = chance(phases, number, MEASURED, outer_batch)
     signal_g, shuffled_g, again_g = (inner_gradient(learner, theta, phi, t, seen[:, 1:], u, average)[1]
                                      for t, seen in ((text, text), (text, foreign), (again, again)))
@@ -450,7 +398,7 @@ def examine(phases):
 @torch.no_grad()
 def ask(phases, learner, critic, step):
     """(own, true and praised tokens of a step's first row; agreement of the last two), read as in the arm."""
-    text, u, theta = world(phases, phases.arm, step), chance(phases, step), by_name(learner)
+    text, u, theta = world(phases, step), chance(phases, step), by_name(learner)
     seen = observed(phases, phases.arm, learner, text, step, u)
     said = say_chunks(learner, theta, text[:, :-1], write_chunks(learner, theta, text[:, :-1], chunk, u))
     told, obs = signal(by_name(critic), seen, said).argmax(-1).flatten(2), text[:, 1:]
@@ -473,12 +421,10 @@ def check():
     refuse_if(horizon and not pretrain, f"pretrain={pretrain} must be above 0 with horizon={horizon}")
     refuse_if(outer_batch < batch_size or outer_batch % batch_size,
               f"outer_batch={outer_batch} must be a multiple of batch_size={batch_size}")
-    two = dataset == wordings.NAME
-    refuse_if(not two and (val_chunks == "aligned" or {"oracle", "table", "mask"} & set(names)),
-              f"val_chunks={val_chunks!r}, arms={arms!r}: aligned, oracle, table, mask need dataset=kjv-asv")
+    refuse_if(dataset != wordings.NAME and {"oracle", *TABLES, "aligned"} & {val_chunks, *names},
+              f"dataset={dataset!r}: arms oracle, table, mask, val_chunks='aligned' need {wordings.NAME!r}")
     refuse_if(val_chunks == "aligned" and outer_batch != batch_size,
               f"outer_batch={outer_batch} must be batch_size={batch_size} with val_chunks='aligned'")
-    refuse_if(critic_start == "contexts" and not pretrain, "pretrain=0 must be above 0 with critic_start='contexts'")
     refuse_if(val_chunks == "similar" and block_size % PIECE,
               f"block_size={block_size} must be a multiple of {PIECE} with val_chunks='similar'")
     return names
@@ -494,25 +440,22 @@ def rate(arm, step):
 def main():
     run = open_run(globals())
     names = run.arms_to_go(check(), ARMS)
-    corpus = read_corpus(run, block_size * (1 + (outer_batch // batch_size if val_chunks == "next" else 0)))
+    corpus = read_corpus(run, block_size)
     torch.manual_seed(seed)
     learner = GPT(GPTConfig(vocab, 1, n_layer, n_head, n_embd)).to(run.device, run.weight_dtype)
-    scalars = dict(log_kappa=math.log(kappa), log_kappa_a=math.log(kappa_a), nu=nu)
-    scalars = {s: torch.tensor(value) for s, value in scalars.items()}
-    critic = nn.ParameterDict(dict(E=torch.randn(vocab, n_embd), **scalars))
+    scalars = zip(SCALARS, map(torch.tensor, (math.log(kappa), math.log(kappa_a), nu)))
+    critic = nn.ParameterDict(dict(E=torch.randn(vocab, n_embd), **dict(scalars)))
     critic, other = critic.to(run.device, run.weight_dtype), copy.deepcopy(learner)
-    groups = [{"params": [critic["E"]]}, {"params": [critic[s] for s in SCALARS]}]
-    optimizers = dict(optimizer=adamw(learner, learning_rate), critic_optimizer=torch.optim.Adam(groups))
-    known = {}
-    for arm in set(TABLES) & set(names):
-        known[arm] = copy.deepcopy(critic)
-        known[arm]["T"] = torch.from_numpy(TABLES[arm](corpus)).to(critic["E"])
+    adam = torch.optim.Adam([{"params": [critic["E"]]}, {"params": [critic[s] for s in SCALARS]}])
+    optimizers = dict(optimizer=adamw(learner, learning_rate), critic_optimizer=adam)
+    table = lambda arm: torch.from_numpy(TABLES[arm](corpus)).to(critic["E"])
+    known = {arm: nn.ParameterDict(dict(critic.items(), T=table(arm))) for arm in TABLES if arm in names}
     mover = dict(learner=other, optimizer=adamw(other, learning_rate), index=None)
     kept = dict(pool=[{} for _ in range(POOL_SIZE)], restarts=0, found=[], index_from=None)
     phases = Phases(run, corpus, dict(learner=learner, critic=critic, **optimizers), kept, read=learner,
                     rate=rate, judge=lambda: known.get(phases.arm, critic), examine=lambda: examine(phases),
                     ask=lambda *who: ask(phases, *who, meta_steps + phases.step))
-    phases.begin(UNREAD_BY_META)
+    phases.begin(self_phase=("self_rate",))
     if compile:  # whole functions: inside torch.func's transforms a compiled module runs as it is written
         for function in (real_gradient, signal_gradient, mixed_product):
             globals()[function.__name__] = torch.compile(function)
@@ -522,12 +465,9 @@ def main():
         with run.autocast():
             if step < pretrain:
                 real_step(phases, phases.text(step))
-                if critic_start == "contexts" and step == pretrain - 1:
-                    critic["E"].data.copy_(contexts(phases))
             else:
-                groups, left = optimizers["critic_optimizer"].param_groups, meta_steps - step
-                for group, top in zip(groups, (critic_rate, scalar_rate)):
-                    group["lr"] = top * left / (meta_steps - pretrain)
+                for group, top in zip(adam.param_groups, (critic_rate, scalar_rate)):
+                    group["lr"] = top * (meta_steps - step) / (meta_steps - pretrain)
                 critic_step(phases, step - pretrain, mover)
     if phases.snapshot is None:
         streams, probe = phases.at["streams"][:pretrain].cpu(), phases.row["agreement_probe"]
@@ -540,7 +480,7 @@ def main():
     # ---- self phase: the critic's signal is all that the learner learns from
     for arm in phases.arms(names):
         for step in phases.steps(self_steps):
-            text = world(phases, arm, meta_steps + step)
+            text = world(phases, meta_steps + step)
             with run.autocast():
                 if arm in REAL:
                     every = chunk if arm == "first" else 1

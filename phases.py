@@ -31,7 +31,8 @@ def read_corpus(run, longest):
         prepare(s["dataset"], s["vocab"])
     run.barrier()
     corpus = open_corpus(s["dataset"], s["vocab"])
-    corpus = corpus._replace(train=corpus.train[:s["train_tokens"] or None])
+    first = slice(s["train_tokens"] or None)
+    corpus = corpus._replace(train=corpus.train[first], train_other=corpus.train_other[first])
     shortest = min(len(corpus.train), len(corpus.val))
     refuse_if(shortest <= longest, f"block_size={s['block_size']} asks for texts of {longest + 1} tokens; "
               f"the shorter split has {shortest}")
@@ -87,10 +88,10 @@ class Phases:
 
     # ---- data
 
-    def text(self, step, stream=0, rows=None, blocks=1, split="train"):
-        """This rank's rows of a step's text, int [rows / ranks, blocks · T + 1]. stream: a use of seed."""
+    def text(self, step, stream=0, rows=None, split="train"):
+        """This rank's rows of a step's text, int [rows / ranks, T + 1]. stream: a use of seed."""
         s, run, tokens = self.settings, self.run, getattr(self.corpus, split)
-        rows, length = rows or s["batch_size"], blocks * s["block_size"] + 1
+        rows, length = rows or s["batch_size"], s["block_size"] + 1
         return get_batch(tokens, s["seed"], step, rows, length, run.rank, run.ranks, stream).to(run.device)
 
     def chance(self, step, shape, stream, rows=None):

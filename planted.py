@@ -5,7 +5,8 @@ Planted corpora: texts and spellings of which it is known what there is to learn
                        4 ids, drawn at each use: its spelling is noise. The optimum is known.
     planted-shift      64 meanings of one word each along such a chain; before each word, 4 times in 10, a
                        filler: two texts say the same at different places. The optimum is known.
-    planted-facts      facts, each asked for once, 2,000 to 8,000 tokens later. Where it was told is known.
+    planted-facts      128 facts, each told again every 2,000 to 8,000 tokens. Half of them are asked for in
+                       training, the other half in validation: their answers must have been learned.
     plays-spellings    the plays, each token with 4 ids. Which ids are one token is known.
 
 The first three are made here, of constants alone; a word, with the space after it, is a token.
@@ -32,7 +33,7 @@ SPELLINGS = 4              # ids of a token in planted-synonyms and plays-spelli
 SUCCESSORS = 8             # how many meanings may follow each
 SHIFT_MEANINGS, FILLERS, FILLER_CHANCE = 64, 4, 0.4
 PLACES = 128               # answers in planted-facts
-LAGS = 2000, 8000          # tokens from fact to answer, at least and at most
+LAGS = 2000, 8000          # tokens from telling to telling, at least and at most
 
 VOCAB = {"planted-facts": 512, "planted-shift": SHIFT_MEANINGS + FILLERS}
 SYNONYMS_VOCAB = 64, 512   # ids of planted-synonyms, at least and at most
@@ -230,9 +231,9 @@ def true_classes(corpus):
 
 
 def planted_answers(tokens, corpus):
-    """int64 [n, 2]: where in `tokens`, of a split of planted-facts, each answer stands, and where its fact.
+    """int64 [n, 2]: where in `tokens`, of a split of planted-facts, each answer stands, and where its fact was
+    last told. Questions whose fact is not told before them are left out.
 
-    Questions whose fact is not among the tokens are left out: corpus.val gives all, a part of it fewer.
     KeyError: a corpus without the words.
     """
     told, asked = (corpus.encoding.encode_single_token(word) for word in ("in ", "? "))

