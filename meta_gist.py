@@ -413,8 +413,8 @@ def check():
     names = chosen("arms", arms, ARMS)
     refuse_if(pretrain > meta_steps, f"pretrain={pretrain} must be at most meta_steps={meta_steps}")
     refuse_if(chunk < 1 or block_size % chunk, f"chunk={chunk} must divide block_size={block_size}")
-    refuse_if(chunk == 1 and set(FIRST) & set(names),
-              f"arms={arms!r}: first, frozen_first need a chunk of 2 or more")
+    refuse_if(chunk == 1 and {*FIRST, "same_place"} & set(names),
+              f"arms={arms!r}: first, frozen_first, same_place need a chunk of 2 or more")
     refuse_if(not 1 <= inner_steps <= 8, f"inner_steps={inner_steps} must be from 1 to 8")
     refuse_if(min(kappa, kappa_a, inner_length) <= 0,
               f"kappa={kappa}, kappa_a={kappa_a} and inner_length={inner_length} must be above 0")

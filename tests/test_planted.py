@@ -111,7 +111,7 @@ def test_facts_are_told_again_and_again_and_those_asked_for_in_validation_are_ne
 def test_a_planted_corpus_is_made_of_constants_alone(plays, tmp_path, monkeypatch, name, vocab):
     monkeypatch.setattr(planted, "TOKENS", {"train": 30_000, "val": 3_000})
     documents = [("train", "a", TEXT), ("val", "b", TEXT[:999])] * 2
-    monkeypatch.setattr(pd, "play_documents", lambda wheel: documents)
+    monkeypatch.setattr(pd.plays, "documents", lambda wheel: documents)
     ids = []
     for seed in range(2):
         (tmp_path / str(seed)).mkdir()

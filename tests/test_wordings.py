@@ -1,0 +1,97 @@
+"""Two wordings: what the splits hold, which places say the same, and stage 3 on them as a user runs it."""
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import in_process, log, summary
+
+import meta_gist as mg
+import prepare_data as pd
+import wordings
+from test_prepare_data import prepared, refused
+
+
+@pytest.fixture(scope="module")
+def bible(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    if (pd.DATA_ROOT / pd.BIBLE).exists():
+        shutil.copy(pd.DATA_ROOT / pd.BIBLE, root)
+    return prepared("kjv-asv", 1024, root)
+
+
+def lines(corpus, split):
+    return pd.decode(corpus, getattr(corpus, split)).split("\n")
+
+
+def test_splits_are_whole_books_verse_by_verse_in_both_wordings(bible):
+    assert [bible.meta[s]["documents"] for s in pd.splits_of("kjv-asv")] == [44, 11, 44, 11, 11]
+    titles = [set(bible.meta[s]["titles"]) for s in ("train", "val", "further")]
+    assert sum(map(len, titles)) == len(set.union(*titles)) == 66  # no verse is in two of them
+    for split in ("train", "val"):
+        assert bible.meta[split]["titles"] == bible.meta[f"{split}_other"]["titles"]
+        mine, others = lines(bible, split), lines(bible, f"{split}_other")
+        assert len(mine) == len(others)
+        assert not any("Jehovah" in line for line in mine[:500]) and "LORD" not in " ".join(others)
+        assert [not line for line in mine] == [not line for line in others]  # books end at the same verses
+    kjv, asv = lines(bible, "train")[1], lines(bible, "train_other")[1]
+    assert kjv.startswith("And the earth was without _ , and _ ; and darkness was upon the face of the _ . And")
+    assert asv.startswith("And the earth was waste and _ ; and darkness was upon the face of the _ : and")
+    assert wordings.words("burnt-offering’s æ—ב[it]") == ["burnt", "-", "offering", "'s", "ae", "it"]
+
+
+def test_twins_stand_at_the_same_place_of_the_same_verse(bible):
+    tokens, other = bible.train, bible.train_other
+    mine, others = (np.append(-1, wordings.ends(t, bible.encoding)) for t in (tokens, other))
+    starts = np.random.default_rng(0).integers(0, len(other) - 33, 200)
+    found = wordings.twins(starts, tokens, other, bible.encoding, 33)
+    for start, at in zip(starts, found):
+        verse = np.flatnonzero(others < start)[-1]  # as many verses end before the one as before the other
+        assert mine[verse] < at <= mine[verse + 1]
+        assert at - mine[verse] == min(start - others[verse], mine[verse + 1] - mine[verse])
+    assert np.array_equal(wordings.twins(starts, tokens, tokens, bible.encoding, 33), starts)
+    assert wordings.twins(np.array([len(other) - 33]), tokens, other, bible.encoding, 33) <= len(tokens) - 33
+
+
+def test_pairs_are_counted_verse_by_verse_and_kernels_are_shares_of_them(bible):
+    id_of = lambda word: bible.encoding.encode_single_token(word)
+    a, b, c, end = (id_of(word) for word in ("a ", "man ", "son ", "\n"))
+    table = wordings.pairs([a, b, end, a, c, end], [a, c, end, b, a, c, end], bible.encoding, 1024)
+    expected = np.zeros((1024, 1024), int)
+    for x, v, n in ((a, a, 2), (c, b, 1), (end, end, 2), (c, c, 1)):
+        expected[x, v] = n
+    assert np.array_equal(table, expected)
+    small = bible._replace(train=bible.train[:60_000], train_other=bible.train_other[:60_000])
+    T = wordings.stands_for(small)
+    assert np.allclose(T.sum(1), 1) and T[id_of("Jehovah "), id_of("the ")] > 0.5 and T[a, a] > 0.8
+    mask = wordings.rarer(small).diagonal()
+    assert mask.max() == 1 and mask[id_of("Jehovah ")] < 0.01 and mask[id_of("LORD ")] == 1
+    kinds = wordings.classes(bible)
+    assert [kinds[id_of(w)] for w in ("LORD ", "Jehovah ", "; ", "\n", "a ", "_ ")] == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_vocabulary_that_cannot_be_is_refused(tmp_path, capsys):
+    refused(capsys, tmp_path, lambda: pd.prepare("kjv-asv", 100, tmp_path), "vocab=100 must be from 256 to 8192")
+
+
+def test_an_arm_observes_the_other_wording_and_is_judged_by_the_first(tmp_path, monkeypatch):
+    """The script from the command line, on the corpus as it is; and what the known kernels make of tokens."""
+    out, read = tmp_path / "run", []
+    whole = mg.Phases.text
+    monkeypatch.setattr(mg.Phases, "text", lambda self, *a, **k: read.append(
+        (self.arm, k.get("split", a[3] if len(a) > 3 else "train"))) or whole(self, *a, **k))
+    arms = "real,oracle,frozen,shuffled,table,mask"
+    in_process(monkeypatch, "meta_gist.py", "--dataset=kjv-asv", "--vocab=1024", "--n_layer=1", "--n_embd=16",
+               "--block_size=8", "--batch_size=4", "--outer_batch=4", "--val_chunks=aligned", "--pretrain=3",
+               "--meta_steps=5", "--self_steps=4", "--eval_interval=2", "--eval_windows=8", f"--arms={arms}",
+               f"--out_dir={out}")
+    splits = {arm: {split for who, split in read if who == arm} for arm in ("meta", *arms.split(","))}
+    assert splits.pop("meta") == {"train", "train_other", "val", "val_other"}  # val: what one step gains
+    assert splits.pop("oracle") == {"val"} and set(map(frozenset, splits.values())) == {frozenset({"val_other"})}
+    found = summary(out)["arms"]
+    assert found["oracle"]["recovered"] == 1 and list(found) == arms.split(",")
+    assert len({row["gold_nats"] for row in log(out) if row["step"] == 0 and row["arm"] != "meta"}) == 1
+    gained = [found[arm]["gold_end"] for arm in ("table", "mask", "frozen")]
+    assert len(set(gained)) == 3
+    T = torch.rand(5, 5)
+    assert mg.kernel(dict(T=T)) is T
