@@ -1,7 +1,7 @@
 """
 What the studies say: the tables between the marks of results/stage-*.md, and the figures beside them.
 
-    python studies/report.py     # after studies/study.py 1, 1-long, 2, 2-meaning, 3, 3-forms or 3-shift
+    python studies/report.py     # after studies/study.py, any of its studies
 
 A row is called by its point in studies/study.py. A table says how many seeds it rests on, and never replaces
 one of more rows or of more seeds. Hacks that have not come by an arm's end are counted as its end, marked
@@ -21,7 +21,7 @@ from probe import precision
 from study import OUT, ROOT, STUDIES, finished
 
 RESULTS = ROOT / "results"
-ARMS = "real first self frozen frozen_first ema shuffled sharpen forecast random"
+ARMS = "real oracle first self frozen frozen_first same_place ema shuffled sharpen table mask forecast random"
 
 
 # ---- runs. A point is named "study/point"
@@ -304,6 +304,26 @@ def critics(names, arms=ARMS, below=()):
                  "steps to hack | recovered", rows, *below)
 
 
+def open_runs(names, arms=ARMS, below=""):
+    """What the open run of each arm recovers; on kjv-asv beside oracle."""
+    rows = [[point, *cells(runs, arm, told(runs, arm, "recovered"))] for point, arm, runs in each(names, arms)]
+    return table("critic | arm | seeds | steps to hack | recovered", rows, below)
+
+
+def ranks():
+    """Spearman's correlation, over the critics of study 3-ranks, of what each has gained after H of the
+    learner's own steps with what it recovers in 500."""
+    rows, order = [], lambda values: values.argsort(-1).argsort(-1)
+    for name in ("shift", "plays"):
+        runs = [load(point) for point in points_of("3-ranks", name).split()]
+        if all(runs):
+            gold = np.array([[at(rows, "frozen", h) for h in (0, 1, 4, 15, 60, 250, 500)]
+                             for found in runs for _, rows in found.values()])
+            gains = order(gold[:, 0] - gold[:, 1:].T)
+            rows.append([name, len(runs[0]), *(f"{np.corrcoef(g, gains[-1])[0, 1]:.2f}" for g in gains[:-1])])
+    return table("corpus | seeds | H = 1 | 4 | 15 | 60 | 250", rows)
+
+
 def synonym_chunks():
     """What chunks are worth, and by seed what `frozen` gains over the two controls."""
     names, below = "3/synonyms-chunk 3/synonyms-chunk-by-hand", []
@@ -382,7 +402,6 @@ def draw(file, panels):
 
 # ---- pages
 
-FACTS = "3/facts-random 3/facts-next 3/facts-similar 3/facts-by-hand"
 PAGES = {
     "stage-1.md": dict(levers=levers, law=law, order=order, judged=judged, watch=watch, long=long),
     "stage-2.md": dict(carried=carried, gist_arms=lambda: distances("2/base 2/arms 2/forecast"),
@@ -394,7 +413,12 @@ PAGES = {
                                "3-forms/chunk-8"),
         synonym_chunks=synonym_chunks,
         shift=lambda: critics(points_of("3-shift", "")),
-        judges=lambda: critics(f"3/base 3/next 3/similar 3/steps-2 3/steps-4 {FACTS}", "frozen"))}
+        words=lambda: open_runs(points_of("3-words", "")),
+        plays_chunks=lambda: open_runs(points_of("3-chunks", "")),
+        ranks=ranks,
+        facts=lambda: open_runs(points_of("3-facts", "")),
+        long=lambda: open_runs(points_of("3-long", "")),
+        judges=lambda: critics("3/base 3/similar 3/steps-2 3/steps-4", "frozen"))}
 
 
 def size(text):

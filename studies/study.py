@@ -75,15 +75,16 @@ PLACES = "--arms=real,first,frozen,frozen_first,same_place"
 FROM_HAND = "--start={out}/study-3-shift/by-hand/{seed} " + PLACES
 LEARNED_SCALARS = "--critic_rate=0 --scalar_rate=0.3 --outer_batch=256"
 
-WORDS = ("--dataset=kjv-asv --vocab=1024 --n_layer=1 --batch_size=16 --learning_rate=3e-3 --pretrain=1000 "
-         "--self_steps=600 --eval_interval=50 --eval_windows=512 --save_interval=1000")
-ALIGNED = f"{WORDS} --val_chunks=aligned --outer_batch=16"
+WORDS = ("--dataset=kjv-asv --vocab=1024 --n_layer=1 --learning_rate=3e-3 --pretrain=1000 --self_steps=600 "
+         "--eval_interval=50 --eval_windows=512 --save_interval=1000")
+ALIGNED = f"{WORDS} --val_chunks=aligned --outer_batch=16 --kappa=7"
 WORDS_ARMS = "--arms=real,oracle,frozen,shuffled"
-MET = f"--critic_start=contexts --critic_rate=0.03 --kappa=20"
 # κ, κ_a, ν of a dozen critics, E random: does what a critic gains in H steps tell what it recovers in 500?
 CRITICS = ((7, 20, 0.8), (3, 5, 0.5), (2, 30, 0.9), (12, 3, 0), (5, 10, 0.2), (20, 20, 0.6), (4, 2, 0.9),
            (10, 40, 0.95), (7, 6, -0.2), (15, 8, 0.8), (3, 15, 0.7), (8, 3, 0.5))
 RANKS = "--arms=frozen --self_steps=500 --eval_interval=1 --eval_windows=256 --save_interval=1000"
+SHIFT_MODEL, SHIFT_STEPS = SHIFT.replace("--self_steps=200 ", ""), "--eval_interval=100 --save_interval=2000"
+SIZES = {"bytes": 256, "bpe": 512}  # of the plays
 
 FIVE = (1, 2, 3, 4, 5)
 THREE = (1, 2, 3)
@@ -183,7 +184,6 @@ STUDIES = {
         "spellings-20000-by-hand": f"{SPELLINGS} {SPELLINGS_BY_HAND} {TWO} --train_tokens=20000",
         "untrained": f"--meta_steps=400 {TWO}",
         "by-hand": f"--meta_steps=400 --kappa=7 {TWO}",
-        "next": f"--val_chunks=next {TWO}",
         "similar": f"--val_chunks=similar {TWO}",
         "steps-2": f"--inner_steps=2 {TWO}",
         "steps-4": f"--inner_steps=4 {TWO}",
@@ -213,35 +213,34 @@ STUDIES = {
     }, FIVE),
     # The same on the plays, at the best of three rates for each arm.
     "3-chunks": ("meta_gist.py", {
-        f"{name}-{k}{tail}": f"--chunk={k} --vocab={vocab} --meta_steps=400 {BY_HAND} {more}"
-        for name, vocab in (("bytes", 256), ("bpe", 512)) for k in (4, 8)
-        for tail, more in (("", f"{PLACES},shuffled"),
-                           *((f"-rate-{rate}", f"{PLACES} --self_rate={rate} --start={{out}}/study-3-chunks/{name}-{k}/{{seed}}")
-                             for rate in (.3, .1)))
+        **{f"{name}-{k}": f"--chunk={k} --vocab={vocab} --meta_steps=400 {BY_HAND} {PLACES},shuffled"
+           for name, vocab in SIZES.items() for k in (4, 8)},
+        **{f"{name}-{k}-rate-{rate}": f"--chunk={k} --vocab={vocab} --meta_steps=400 {BY_HAND} {PLACES} "
+                                      f"--self_rate={rate} --start={{out}}/study-3-chunks/{name}-{k}/{{seed}}"
+           for name, vocab in SIZES.items() for k in (4, 8) for rate in (0.3, 0.1)},
     }, FIVE),
     # Which objective knows what a critic will recover?
     "3-ranks": ("meta_gist.py", {
-        f"{name}-{i}": f"{settings} --kappa={k} --kappa_a={a} --nu={nu} {RANKS}"
-        for name, settings in (("shift", SHIFT.replace("--self_steps=200 ", "")), ("plays", "--chunk=4 --meta_steps=400"))
-        for i, (k, a, nu) in enumerate(CRITICS)
-    }, THREE),
+        f"{name}-{i}": f"{model} --kappa={kappa} --kappa_a={kappa_a} --nu={nu} {RANKS}"
+        for name, model in (("shift", SHIFT_MODEL), ("plays", "--chunk=4 --meta_steps=400"))
+        for i, (kappa, kappa_a, nu) in enumerate(CRITICS)
+    }, (1,)),
     # Text in other words: a learner of KJV that observes ASV.
     "3-words": ("meta_gist.py", {
+        "learned": f"{ALIGNED} --meta_steps=2200 {WORDS_ARMS}",
+        # the same text for its arms: κ = 7 and random E, held
+        "held": f"{ALIGNED} --meta_steps=2200 --critic_rate=0 --scalar_rate=0 --arms=real,oracle,frozen",
         "by-hand": f"{WORDS} --meta_steps=1000 --kappa=7 {WORDS_ARMS},table,mask",
-        "learned": f"{ALIGNED} --meta_steps=2200 --kappa=7 {WORDS_ARMS}",
-        "from-1": f"{ALIGNED} --meta_steps=2200 --kappa=1 {WORDS_ARMS}",
-        "contexts": f"{ALIGNED} --meta_steps=2200 {MET} {WORDS_ARMS}",
         "by-hand-10": f"{WORDS} --meta_steps=1000 --kappa=10 --arms=oracle,frozen",
-        "contexts-by-hand": f"{WORDS} --meta_steps=1000 {MET} --arms=oracle,frozen",
+        "from-1": f"{ALIGNED.replace('--kappa=7', '--kappa=1')} --meta_steps=2200 {WORDS_ARMS}",
         "random-judge": f"{WORDS} --meta_steps=2200 --kappa=7 --outer_batch=64 --arms=oracle,frozen",
-        "learned-long": f"{ALIGNED} --meta_steps=5000 --kappa=7 --arms=oracle,frozen",
-        "contexts-long": f"{ALIGNED} --meta_steps=5000 {MET} --arms=oracle,frozen",
-        "steps-4": f"{ALIGNED} --meta_steps=2200 --kappa=7 --inner_steps=4 --arms=oracle,frozen",
+        "learned-long": f"{ALIGNED} --meta_steps=5000 --arms=oracle,frozen",
+        "steps-4": f"{ALIGNED} --meta_steps=2200 --inner_steps=4 --arms=oracle,frozen",
         "rate-.3": f"{WORDS} --meta_steps=1000 --kappa=7 --self_rate=0.3 --arms=real,oracle,frozen",
     }, FIVE),
     # Facts told some eight times, thousands of tokens apart: does a judge that is near find them sooner?
     "3-facts": ("meta_gist.py", {
-        **{how: f"{FACTS} --meta_steps=500 --val_chunks={how}" for how in ("random", "next", "similar")},
+        **{how: f"{FACTS} --meta_steps=500 --val_chunks={how}" for how in ("random", "similar")},
         "by-hand": f"{FACTS} --meta_steps=100 --kappa=7",
     }, FIVE),
     # No end: 20 times the meta phase, with no real token as a target.
@@ -250,8 +249,9 @@ STUDIES = {
         "dense-self": "--self_steps=12000 --eval_interval=200 --save_interval=2000 --arms=self,ema "
                       "--start={out}/study-3-long/dense/{seed}",
         "dense-shuffled": "--self_steps=1000 --arms=shuffled,sharpen --start={out}/study-3-long/dense/{seed}",
-        "shift": f"{SHIFT} {BY_HAND} --arms=real,first,frozen,shuffled".replace("--self_steps=200", "--self_steps=5000 --eval_interval=100 --save_interval=2000"),
-        "plays": f"--chunk=4 --meta_steps=400 {BY_HAND} --self_steps=5000 --eval_interval=100 --save_interval=2000 --arms=first,frozen,real",
+        "shift": f"{SHIFT_MODEL} {BY_HAND} --arms=real,first,frozen --self_steps=5000 {SHIFT_STEPS}",
+        "plays": f"--chunk=4 --meta_steps=400 {BY_HAND} --arms=real,first,frozen --self_steps=5000 "
+                 f"{SHIFT_STEPS}",
     }, THREE),
 }
 
