@@ -5,8 +5,8 @@ One figure of a run on kjv-asv: how far each arm came, and verses as the critic 
 
 Above, gold of each arm: cross entropy on the King James text of the verses that were observed in the American
 Standard Version. Below, for verses that no one has trained on yet: what is observed, what the learner would
-have said there at the end of the meta phase, and which word the critic praises most; green is praised, red is
-blamed, in units of log probability's weight A(v).
+have said there at the end of the meta phase, and which other word the critic praises, if it does so by .05
+or more; green is praised, red is blamed: A(v), full at .5.
 """
 import sys
 from pathlib import Path
@@ -26,6 +26,7 @@ from wordings import NAME, ends, twins
 ASKED = ("Jehovah ", "show ", "who ", "; ")  # a verse is shown for each of these words of ASV
 COLUMNS = 118                                # characters in a line of the figure
 ROWS = "observed", "own", "praised"
+GREEN, RED = (0.55, 0.85, 0.6), (1.0, 0.6, 0.55)
 
 
 def heard(state, corpus, start, length):
@@ -39,9 +40,12 @@ def heard(state, corpus, start, length):
     unit, x = F.normalize(critic["E"], dim=-1), text[before:]
     table = (critic["log_kappa"].exp() * unit @ unit.T).softmax(-1)
     a = praise(table[x], p, table)
-    ids = dict(observed=x, own=p.argmax(-1), praised=a.argmax(-1))
+    other = a.scatter(-1, x[:, None], -1.0).argmax(-1)
+    ids = dict(observed=x, own=p.argmax(-1), praised=other)
     word = lambda i: decode(corpus, [i]).strip() or "¶"
-    return {row: [(word(i), a[t, i].item()) for t, i in enumerate(ids[row].tolist())] for row in ROWS}
+    found = {row: [(word(i), a[t, i].item()) for t, i in enumerate(ids[row].tolist())] for row in ROWS}
+    found["praised"] = [(word if value >= 0.05 else "", value) for word, value in found["praised"]]
+    return found
 
 
 def verses(corpus):
@@ -74,7 +78,7 @@ def draw(folder, state, corpus, out):
     start = next(row["gold_nats"] for row in rows if row["arm"] != "meta" and row["step"] == 0)
     curves.set(xlabel="self steps", ylabel="gold: nats a token of KJV", ylim=(None, start + 0.15))
     curves.legend()
-    words.set(xlim=(0, COLUMNS), ylim=(4.2 * len(shown) * 1.0, -0.5))
+    words.set(xlim=(0, COLUMNS), ylim=(4.2 * len(shown), -0.5))
     words.axis("off")
     style = dict(family="monospace", fontsize=7.5, va="center")
     for n, verse in enumerate(shown):
@@ -86,8 +90,8 @@ def draw(folder, state, corpus, out):
             if at + width > COLUMNS:
                 break
             for row, (word, value) in enumerate(column):
-                strength = min(1.0, abs(value) / 0.5)
-                colour = (1 - strength, 1, 1 - strength) if value > 0 else (1, 1 - strength, 1 - strength)
+                full = np.array(GREEN if value > 0 else RED)
+                colour = 1 - min(1.0, abs(value) / 0.5) * (1 - full)
                 words.text(at, 4.2 * n + row, word, **style,
                            bbox=dict(facecolor=colour, edgecolor="none", pad=1.2))
             at += width
