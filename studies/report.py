@@ -306,7 +306,8 @@ def critics(names, arms=ARMS, below=()):
 
 def open_runs(names, arms=ARMS, below=""):
     """What the open run of each arm recovers; on kjv-asv beside oracle."""
-    rows = [[point, *cells(runs, arm, told(runs, arm, "recovered"))] for point, arm, runs in each(names, arms)]
+    rows = [[point, *cells(runs, arm, told(runs, arm, "recovered"))]
+            for point, arm, runs in each(names, arms)]
     return table("critic | arm | seeds | steps to hack | recovered", rows, below)
 
 

@@ -82,7 +82,7 @@ def test_planted_shift_has_the_optimum_that_it_states_and_is_the_chain_but_for_i
     assert 0 < entropy(pairs) - entropy(words) < 0.001 and np.log(4) - entropy(fillers) < 0.01
 
 
-def test_facts_are_told_again_and_again_and_those_asked_for_in_validation_are_never_asked_for_in_training(tmp_path):
+def test_facts_are_told_again_and_those_of_validation_are_never_asked_for_in_training(tmp_path):
     corpus, asked, places = prepared("planted-facts", 512, tmp_path), {}, {}
     assert corpus.meta["places"] == 128 and corpus.meta["chance_nats"] == round(np.log(128), 6)
     for split in ("train", "val"):

@@ -35,7 +35,7 @@ def test_splits_are_whole_books_verse_by_verse_in_both_wordings(bible):
         assert not any("Jehovah" in line for line in mine[:500]) and "LORD" not in " ".join(others)
         assert [not line for line in mine] == [not line for line in others]  # books end at the same verses
     kjv, asv = lines(bible, "train")[1], lines(bible, "train_other")[1]
-    assert kjv.startswith("And the earth was without _ , and _ ; and darkness was upon the face of the _ . And")
+    assert kjv.startswith("And the earth was without _ , and _ ; and darkness was upon the face of the _ .")
     assert asv.startswith("And the earth was waste and _ ; and darkness was upon the face of the _ : and")
     assert wordings.words("burnt-offering’s æ—ב[it]") == ["burnt", "-", "offering", "'s", "ae", "it"]
 
@@ -71,7 +71,8 @@ def test_pairs_are_counted_verse_by_verse_and_kernels_are_shares_of_them(bible):
 
 
 def test_a_vocabulary_that_cannot_be_is_refused(tmp_path, capsys):
-    refused(capsys, tmp_path, lambda: pd.prepare("kjv-asv", 100, tmp_path), "vocab=100 must be from 256 to 8192")
+    prepare = lambda: pd.prepare("kjv-asv", 100, tmp_path)
+    refused(capsys, tmp_path, prepare, "vocab=100 must be from 256 to 8192")
 
 
 def test_an_arm_observes_the_other_wording_and_is_judged_by_the_first(tmp_path, monkeypatch):
@@ -87,7 +88,8 @@ def test_an_arm_observes_the_other_wording_and_is_judged_by_the_first(tmp_path, 
                f"--out_dir={out}")
     splits = {arm: {split for who, split in read if who == arm} for arm in ("meta", *arms.split(","))}
     assert splits.pop("meta") == {"train", "train_other", "val", "val_other"}  # val: what one step gains
-    assert splits.pop("oracle") == {"val"} and set(map(frozenset, splits.values())) == {frozenset({"val_other"})}
+    assert splits.pop("oracle") == {"val"}
+    assert all(found == {"val_other"} for found in splits.values())
     found = summary(out)["arms"]
     assert found["oracle"]["recovered"] == 1 and list(found) == arms.split(",")
     assert len({row["gold_nats"] for row in log(out) if row["step"] == 0 and row["arm"] != "meta"}) == 1
