@@ -35,8 +35,8 @@ STATUS = Path("/proc/self/status")  # Linux alone has it
 
 class Alone:
     """What the steps of a script ask of its Phases and of its Run, on one rank."""
-    rank, ranks, arm = 0, 1, "frozen"
-    chance, take_step, average = Phases.chance, Phases.take_step, staticmethod(lambda tensors: None)
+    rank, ranks, arm, average = 0, 1, "frozen", staticmethod(lambda tensors: None)
+    chance, take_step, judge = Phases.chance, Phases.take_step, lambda self: self.parts["critic"]
 
     def __init__(self, script, **parts):
         self.run, self.parts, self.tally, self.device = self, parts, {}, torch.device("cpu")

@@ -24,11 +24,11 @@ says next there; elsewhere nothing. m_ji never sees x_i, so A is zero at the tru
 does not tell a broad match from a sharp one: κ_a and ν stay, or are judged after `horizon` own steps.
 
 An arm is one self phase. real: θ learns from the true tokens. frozen, self, ema: from the signal of φ as the
-meta phase left it, moved as far as the learner has since, or by a moving average of that. shuffled, sharpen:
-as frozen, but the observation x is another text's, or what the learner says itself. first, frozen_first: as
-real and frozen, at the first token of each chunk alone; same_place: as frozen, m_ji = 0 unless i = j. Of text
-in two wordings (wordings.py) the one is spoken and judges, the other is observed; oracle: θ learns from true
-tokens of the first; table, mask: T is known. Arms are compared by gold, held-out cross entropy.
+meta phase left it, moved by as much of its length as the learner's embeddings since, or by a moving average
+of that. shuffled, sharpen: as frozen, but the observation x is another text's, or what the learner says
+itself. first, frozen_first: as real and frozen, at the first token of each chunk; same_place: as frozen, but
+m_ji = 0 unless i = j. Of two wordings of one text (wordings.py) one is spoken and judges, the other observed;
+oracle: θ learns from the first; table, mask: T is known. Arms are compared by gold, held-out cross entropy.
 """
 import copy
 import math

@@ -57,6 +57,18 @@ def test_a_study_that_is_not_there_and_a_second_word_are_refused(tmp_path):
         assert done.returncode == 2 and says in done.stderr and not list(tmp_path.iterdir())
 
 
+def test_ranks_say_whether_what_is_gained_early_tells_what_is_gained_late(monkeypatch):
+    monkeypatch.syspath_prepend(str(STUDIES))
+    import report
+    early = dict(zip("abc", (1, 2, 3)))
+    gold = lambda point, step: -step * early[point[-1]] * (1 if step > 4 else -1)  # up to step 4 the other way
+    rows = lambda point: [dict(arm="frozen", step=s, gold_nats=gold(point, s))
+                          for s in (0, 1, 4, 15, 60, 250, 500)]
+    monkeypatch.setattr(report, "points_of", lambda study, name: "a b c" if name == "plays" else "d")
+    monkeypatch.setattr(report, "load", lambda point: {} if point == "d" else {1: (None, rows(point))})
+    assert "| plays | 1 | -1.00 | -1.00 | 1.00 | 1.00 | 1.00 |" in report.ranks() and "shift" not in report.ranks()
+
+
 TABLE = """before
 <!-- levers -->
 | lever | arm | seeds | recovered |
