@@ -84,13 +84,13 @@ def test_no_mark_of_markdown_is_left_and_the_lines_stay(plays):
     text = pd.decode(plays[1], plays[1].train) + pd.decode(plays[1], plays[1].val)
     assert not set("#*_\\`~<>|") & set(text) and " \n" not in text and "\n\n\n" not in text
     assert "DUKE ORSINO\nIf music be the food of love, play on;\nGive me excess of it, that" in text
-    assert pd.plain("## ACT I\n\n_Exit_\n\n\n**A & B**  \n__\\[Sings]_  \nhey,'\\--he  \n") == (
+    assert pd.plays.plain("## ACT I\n\n_Exit_\n\n\n**A & B**  \n__\\[Sings]_  \nhey,'\\--he  \n") == (
         "ACT I\n\nExit\n\nA & B\n[Sings]\nhey,'--he")
 
 
 def test_the_plays_are_split_whole_and_a_tenth_is_held_out(plays):
     train, val = (plays[1].meta[split] for split in pd.SPLITS)
-    assert sorted(val["titles"]) == sorted(pd.VAL_PLAYS) and not set(train["titles"]) & set(val["titles"])
+    assert sorted(val["titles"]) == sorted(pd.plays.VAL_PLAYS) and not set(train["titles"]) & set(val["titles"])
     assert len(set(train["titles"] + val["titles"])) == 38 == train["documents"] + val["documents"]
     assert 0.08 < val["bytes"] / (train["bytes"] + val["bytes"]) < 0.12
     train, val = (pd.decode(plays[1], tokens) for tokens in (plays[1].train, plays[1].val))
