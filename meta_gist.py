@@ -433,7 +433,7 @@ def check():
 def rate(arm, step):
     """The learner's learning rate: a warm-up, then constant."""
     count = step if arm == "meta" else meta_steps + step
-    share = 1.0 if arm in ("meta", "real") else self_rate
+    share = 1.0 if arm in ("meta", "real", "oracle") else self_rate
     return share * learning_rate * min(1.0, (count + 1) / max(1, warmup))
 
 

@@ -218,6 +218,9 @@ STUDIES = {
         **{f"{name}-{k}-rate-{rate}": f"--chunk={k} --vocab={vocab} --meta_steps=400 {BY_HAND} {PLACES} "
                                       f"--self_rate={rate} --start={{out}}/study-3-chunks/{name}-{k}/{{seed}}"
            for name, vocab in SIZES.items() for k in (4, 8) for rate in (0.3, 0.1)},
+        # a match that asks for more
+        **{f"{name}-4-nu-.95": f"--chunk=4 --vocab={vocab} --meta_steps=400 --kappa=7 --nu=0.95 "
+                               "--arms=real,first,frozen" for name, vocab in SIZES.items()},
     }, FIVE),
     # Which objective knows what a critic will recover?
     "3-ranks": ("meta_gist.py", {
@@ -236,7 +239,6 @@ STUDIES = {
         "random-judge": f"{WORDS} --meta_steps=2200 --kappa=7 --outer_batch=64 --arms=oracle,frozen",
         "learned-long": f"{ALIGNED} --meta_steps=5000 --arms=oracle,frozen",
         "steps-4": f"{ALIGNED} --meta_steps=2200 --inner_steps=4 --arms=oracle,frozen",
-        "rate-.3": f"{WORDS} --meta_steps=1000 --kappa=7 --self_rate=0.3 --arms=real,oracle,frozen",
     }, FIVE),
     # Facts told some eight times, thousands of tokens apart: does a judge that is near find them sooner?
     "3-facts": ("meta_gist.py", {
