@@ -58,7 +58,7 @@ self_steps = 500        # steps of each arm, with the critic's signal
 chunk = 1               # tokens that the learner writes alone, from a true prefix
 kappa = 1.0             # sharpness that the critic starts with
 kappa_a = 20.0          # of chunks of 2 or more: the sharpness of the match of gists that it starts with
-nu = 0.8                # the cosine of gists at which a match is a half, that it starts with
+nu = 0.95               # the cosine of gists at which a match is a half, that it starts with
 # --- second order
 inner_steps = 1         # steps that the learner takes before the outer loss judges
 inner_length = 0.05     # length of an inner step, in the norm of all weights

@@ -64,12 +64,12 @@ SPELLINGS_LEARNED, SPELLINGS_BY_HAND = "--meta_steps=1550", "--meta_steps=50 --k
 TWO = "--arms=real,frozen"
 CHUNKS = "--chunk=4 --arms=real,first,frozen"
 OWN = "--chunk=4 --arms=real,first,frozen,frozen_first"
-FACTS = ("--dataset=planted-facts --train_tokens=40000 --pretrain=100 --learning_rate=3e-3 --self_steps=600 "
-         "--eval_interval=50 --arms=real,frozen,shuffled")
+FACTS = ("--dataset=planted-facts --train_tokens=40000 --pretrain=100 --learning_rate=3e-3 --self_steps=1200 "
+         "--eval_interval=100 --arms=real,frozen")
 SHIFT = ("--dataset=planted-shift --vocab=68 --chunk=8 --n_layer=1 --n_head=2 --n_embd=64 --pretrain=150 "
          "--meta_steps=150 --self_steps=200 --learning_rate=3e-3")
 
-BY_HAND = "--kappa=7 --kappa_a=20 --nu=0.8"
+SHARP = "--kappa=7 --kappa_a=20 --nu=0.8"
 BROAD = "--kappa=3 --kappa_a=5 --nu=0.5 --arms=real,frozen"
 PLACES = "--arms=real,first,frozen,frozen_first,same_place"
 FROM_HAND = "--start={out}/study-3-shift/by-hand/{seed} " + PLACES
@@ -200,22 +200,22 @@ STUDIES = {
     }, (1,)),
     # Chunks aligned by gists, where two texts say the same at different places.
     "3-shift": ("meta_gist.py", {
-        "by-hand": f"{SHIFT} {BY_HAND} {PLACES},shuffled",
+        "by-hand": f"{SHIFT} {SHARP} {PLACES},shuffled",
         # `first` has an eighth of the targets: each is to be compared at its best rate
-        "rate-.3": f"{SHIFT} {BY_HAND} {FROM_HAND} --self_rate=0.3",
-        "rate-.1": f"{SHIFT} {BY_HAND} {FROM_HAND} --self_rate=0.1",
+        "rate-.3": f"{SHIFT} {SHARP} {FROM_HAND} --self_rate=0.3",
+        "rate-.1": f"{SHIFT} {SHARP} {FROM_HAND} --self_rate=0.1",
         # E random; the scalars left broad, κ judged by an inner step, all by 1 and by 15 own steps
         "broad": f"{SHIFT} {BROAD}",
         "inner-step": f"{SHIFT} {BROAD} {LEARNED_SCALARS} --meta_steps=180",
         "horizon-1": f"{SHIFT} {BROAD} {LEARNED_SCALARS} --meta_steps=180 --horizon=1",
         "horizon-15": f"{SHIFT} {BROAD},shuffled {LEARNED_SCALARS} --meta_steps=162 --horizon=15",
-        "long": f"{SHIFT} {BY_HAND} --arms=real,frozen --self_steps=800",
+        "long": f"{SHIFT} {SHARP} --arms=real,frozen --self_steps=800",
     }, FIVE),
     # The same on the plays, at the best of three rates for each arm.
     "3-chunks": ("meta_gist.py", {
-        **{f"{name}-{k}": f"--chunk={k} --vocab={vocab} --meta_steps=400 {BY_HAND} {PLACES},shuffled"
+        **{f"{name}-{k}": f"--chunk={k} --vocab={vocab} --meta_steps=400 {SHARP} {PLACES},shuffled"
            for name, vocab in SIZES.items() for k in (4, 8)},
-        **{f"{name}-{k}-rate-{rate}": f"--chunk={k} --vocab={vocab} --meta_steps=400 {BY_HAND} {PLACES} "
+        **{f"{name}-{k}-rate-{rate}": f"--chunk={k} --vocab={vocab} --meta_steps=400 {SHARP} {PLACES} "
                                       f"--self_rate={rate} --start={{out}}/study-3-chunks/{name}-{k}/{{seed}}"
            for name, vocab in SIZES.items() for k in (4, 8) for rate in (0.3, 0.1)},
         # a match that asks for more
@@ -251,8 +251,8 @@ STUDIES = {
         "dense-self": "--self_steps=12000 --eval_interval=200 --save_interval=2000 --arms=self,ema "
                       "--start={out}/study-3-long/dense/{seed}",
         "dense-shuffled": "--self_steps=1000 --arms=shuffled,sharpen --start={out}/study-3-long/dense/{seed}",
-        "shift": f"{SHIFT_MODEL} {BY_HAND} --arms=real,first,frozen --self_steps=5000 {SHIFT_STEPS}",
-        "plays": f"--chunk=4 --meta_steps=400 {BY_HAND} --arms=real,first,frozen --self_steps=5000 "
+        "shift": f"{SHIFT_MODEL} {SHARP} --arms=real,first,frozen --self_steps=5000 {SHIFT_STEPS}",
+        "plays": f"--chunk=4 --meta_steps=400 {SHARP} --arms=real,first,frozen --self_steps=5000 "
                  f"{SHIFT_STEPS}",
     }, THREE),
 }
