@@ -28,7 +28,7 @@ meta phase left it, moved by as much of its length as the learner's embeddings s
 of that. shuffled, sharpen: as frozen, but the observation x is another text's, or what the learner says
 itself. first, frozen_first: as real and frozen, at the first token of each chunk; same_place: as frozen, but
 m_ji = 0 unless i = j. Of two wordings of one text (wordings.py) one is spoken and judges, the other observed;
-oracle: θ learns from the first; table, mask: T is known. Arms are compared by gold, held-out cross entropy.
+oracle: θ learns from the first; table, mask: what is known. Arms are compared by gold, held-out cross entropy.
 """
 import copy
 import math
@@ -100,7 +100,7 @@ wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Bia
 
 ARMS = ("real", "oracle", "first", "self", "frozen", "frozen_first", "same_place", "ema", "shuffled",
         "sharpen", "table", "mask")
-TABLES = {"table": wordings.stands_for, "mask": wordings.rarer}  # kernels that are known
+TABLES = {"table": wordings.stands_for, "mask": wordings.rarer}  # what is known of the words: T and weights
 FIRST = ("first", "frozen_first")  # learn of the first token of a chunk alone, which follows a true prefix
 # Independent streams of data and of random numbers; MEASURE takes four.
 TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED, FAR, FAR_U, JUDGE = range(15)
@@ -114,10 +114,8 @@ INDEX_EVERY = 100        # meta steps after which val_chunks = "similar" makes t
 
 def kernel(phi):
     """T(v | x) = softmax_v κ cos(E_v, E_x): [V, V], a row for each x; in arms of TABLES what is known."""
-    if "T" in phi:
-        return phi["T"]
     unit = F.normalize(phi["E"], dim=-1)
-    return (phi["log_kappa"].exp() * unit @ unit.T).softmax(-1)
+    return phi["T"] if "T" in phi else (phi["log_kappa"].exp() * unit @ unit.T).softmax(-1)
 
 
 def match(phi, gists, gists_true):
@@ -133,7 +131,8 @@ def signal(phi, seen, said, arm=""):
     seen: the observation, int [B, T]. said: a gists.Said.
     """
     table = kernel(phi)
-    r = praise(table[seen].view_as(said.logp_true), said.logp_true.exp(), table)[:, None]
+    r = praise(table[seen].view_as(said.logp_true), said.logp_true.exp(), table)
+    r = (phi["weight"][seen].view(*r.shape[:-1], 1) * r if "weight" in phi else r)[:, None]
     if chunk == 1:
         return r
     m = match(phi, said.gists, said.gists_true)
@@ -254,7 +253,8 @@ def far_derivative(phases, number, phi):
 
     def own_gradient(k, theta):
         """∇_θ L on this rank after k steps, of θ and φ: A is fixed inside it, and moves with both."""
-        text, u = phases.text(number * horizon + k, FAR), chance(phases, number * horizon + k, FAR_U)
+        step = number * horizon + k
+        text, u = phases.text(step, FAR, split="train_other"), chance(phases, step, FAR_U)
         y = write_chunks(learner, theta, text[:, :-1], chunk, u)  # what the learner writes is data
         said = lambda th: say_chunks(learner, th, text[:, :-1], y, fused=False)
         fixed = lambda a: grad(lambda th: inner_loss(a, said(th).logp))
@@ -401,7 +401,7 @@ def ask(phases, learner, critic, step):
     text, u, theta = world(phases, step), chance(phases, step), by_name(learner)
     seen = observed(phases, phases.arm, learner, text, step, u)
     said = say_chunks(learner, theta, text[:, :-1], write_chunks(learner, theta, text[:, :-1], chunk, u))
-    told, obs = signal(by_name(critic), seen, said).argmax(-1).flatten(2), text[:, 1:]
+    told, obs = signal(by_name(critic), seen, said, phases.arm).argmax(-1).flatten(2), text[:, 1:]
     own = said.logp_true.argmax(-1).flatten(1)
     return own[0].tolist(), obs[0].tolist(), told[0, 0].tolist(), (told == obs[:, None]).float().mean()
 
@@ -425,8 +425,8 @@ def check():
               f"dataset={dataset!r}: arms oracle, table, mask, val_chunks='aligned' need {wordings.NAME!r}")
     refuse_if(val_chunks == "aligned" and outer_batch != batch_size,
               f"outer_batch={outer_batch} must be batch_size={batch_size} with val_chunks='aligned'")
-    refuse_if(val_chunks == "similar" and block_size % PIECE,
-              f"block_size={block_size} must be a multiple of {PIECE} with val_chunks='similar'")
+    refuse_if(val_chunks == "similar" and (block_size % PIECE or dataset == wordings.NAME),
+              f"val_chunks='similar': block_size={block_size} must be a multiple of {PIECE}, of one wording")
     return names
 
 
@@ -448,8 +448,8 @@ def main():
     critic, other = critic.to(run.device, run.weight_dtype), copy.deepcopy(learner)
     adam = torch.optim.Adam([{"params": [critic["E"]]}, {"params": [critic[s] for s in SCALARS]}])
     optimizers = dict(optimizer=adamw(learner, learning_rate), critic_optimizer=adam)
-    table = lambda arm: torch.from_numpy(TABLES[arm](corpus)).to(critic["E"])
-    known = {arm: nn.ParameterDict(dict(critic.items(), T=table(arm))) for arm in TABLES if arm in names}
+    of = lambda arm: {name: torch.from_numpy(a).to(critic["E"]) for name, a in TABLES[arm](corpus).items()}
+    known = {arm: nn.ParameterDict(dict(critic.items(), **of(arm))) for arm in TABLES if arm in names}
     mover = dict(learner=other, optimizer=adamw(other, learning_rate), index=None)
     kept = dict(pool=[{} for _ in range(POOL_SIZE)], restarts=0, found=[], index_from=None)
     phases = Phases(run, corpus, dict(learner=learner, critic=critic, **optimizers), kept, read=learner,

@@ -69,7 +69,7 @@ def twins(starts, tokens, other, encoding, length):
     """Where in `tokens` begin the texts of `length` tokens that say what those at `starts` in `other` say:
     at the same place of the same verse, or at its end. int [n]."""
     mine, others = (np.append(-1, ends(t, encoding)) for t in (tokens, other))
-    verse = np.searchsorted(others, starts) - 1
+    verse = np.minimum(np.searchsorted(others, starts), len(mine) - 1) - 1
     at = np.minimum(mine[verse] + starts - others[verse], mine[verse + 1])
     return np.clip(at, 0, len(tokens) - length)
 
@@ -90,17 +90,19 @@ def pairs(tokens, other, encoding, vocab):
 
 
 def stands_for(corpus):
-    """float32 [V, V]: the share of times that v of KJV stands where ASV has x; a row for each x."""
+    """{"T": float32 [V, V]}: the share of times that v of KJV stands where ASV has x, a row for each x."""
     table = pairs(corpus.train, corpus.train_other, corpus.encoding, corpus.vocab_size)
     table = table + np.eye(len(table)) * (table.sum(1, keepdims=True) == 0)  # unseen: itself
-    return (table / table.sum(1, keepdims=True)).astype(np.float32)
+    return {"T": (table / table.sum(1, keepdims=True)).astype(np.float32)}
 
 
 def rarer(corpus):
-    """float32 [V, V], diagonal: how much rarer each word is in KJV than in ASV, at most 1."""
+    """{"T": identity, "weight": float32 [V]}: cross entropy, each word weighted by how much rarer it is in KJV
+    than in ASV, at most 1."""
     often = [np.bincount(split, minlength=corpus.vocab_size) / len(split)
              for split in (corpus.train, corpus.train_other)]
-    return np.diag(np.minimum(1, often[0] / np.maximum(often[1], 1e-12))).astype(np.float32)
+    weight = np.minimum(1, often[0] / np.maximum(often[1], 1e-12)).astype(np.float32)
+    return {"T": np.eye(len(weight), dtype=np.float32), "weight": weight}
 
 
 def classes(corpus):

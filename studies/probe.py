@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's
 from configurator import refuse
 from gists import Space, layout, past_of, read, squared_distances, starts_of, vectors, whitening
 from model import adamw
-from planted import planted_answers, true_classes
+from planted import LAGS, planted_answers, true_classes
 from plot import interval
 from prepare_data import decode, get_batch, val_windows, windows
 from run import read_end
@@ -113,10 +113,10 @@ def share_alike(E, classes, often):
 def questions(tokens, corpus, length):
     """int [n, length + 1]: texts among `tokens`, of planted-facts, that end at the answer to a question.
 
-    The fact stands thousands of tokens before, so that the answer must have been learned, and not read.
+    The fact was last told thousands of tokens before: the answer must have been learned, and not read.
     """
-    ends = planted_answers(tokens, corpus)[:, 0]
-    ends = ends[ends >= length]
+    ends, told = planted_answers(tokens, corpus).T
+    ends = ends[(ends >= length) & (ends - told >= LAGS[0])]
     return windows(tokens, ends[::max(1, len(ends) // QUESTIONS)][:QUESTIONS] - length, length + 1)
 
 
@@ -159,8 +159,7 @@ def worded(folder):
 
 def words_found(folder, often=20, share=0.25):
     """Of the words of ASV for which another stands in KJV at least so often, and so large a share of times:
-    {kind: (share for which the critic's first other word is that one, one of its first ten)}; they are
-    compared by T(· | x), and with them all others equally good (as where E is one point), at chance."""
+    {how many: (share for which the critic's first other word is that one; one of its first ten)}."""
     state, corpus, _ = set_up(folder)
     table = pairs(corpus.train, corpus.train_other, corpus.encoding, corpus.vocab_size)
     other = table * (1 - np.eye(len(table), dtype=np.int64))

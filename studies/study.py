@@ -233,7 +233,9 @@ STUDIES = {
         "learned": f"{ALIGNED} --meta_steps=2200 {WORDS_ARMS}",
         # the same text for its arms: κ = 7 and random E, held
         "held": f"{ALIGNED} --meta_steps=2200 --critic_rate=0 --scalar_rate=0 --arms=real,oracle,frozen",
-        "by-hand": f"{WORDS} --meta_steps=1000 --kappa=7 {WORDS_ARMS},table,mask",
+        "known": f"{ALIGNED} --meta_steps=2200 --critic_rate=0 --scalar_rate=0 --arms=oracle,table,mask "
+                 "--start={out}/study-3-words/held/{seed}",
+        "by-hand": f"{WORDS} --meta_steps=1000 --kappa=7 {WORDS_ARMS}",
         "by-hand-10": f"{WORDS} --meta_steps=1000 --kappa=10 --arms=oracle,frozen",
         "from-1": f"{ALIGNED.replace('--kappa=7', '--kappa=1')} --meta_steps=2200 {WORDS_ARMS}",
         "random-judge": f"{WORDS} --meta_steps=2200 --kappa=7 --outer_batch=64 --arms=oracle,frozen",

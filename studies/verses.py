@@ -54,7 +54,10 @@ def verses(corpus):
     stops, found = ends(corpus.val_other, corpus.encoding), []
     rare = corpus.encoding.encode_single_token("_ ")
     for word in ASKED:
-        token = corpus.encoding.encode_single_token(word)
+        try:
+            token = corpus.encoding.encode_single_token(word)
+        except KeyError:  # in a small vocabulary it is not kept
+            continue
         for start, stop in zip(stops[:-1] + 1, stops[1:]):
             verse, at = corpus.val_other[start:stop + 1], np.array([start])
             twin = twins(at, corpus.val, corpus.val_other, corpus.encoding, 33)[0]

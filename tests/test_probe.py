@@ -40,7 +40,7 @@ def test_questions_end_at_the_answer_of_a_fact_that_stands_far_before(tmp_path, 
     prepare_data.prepare("planted-facts", 512, tmp_path)
     corpus = prepare_data.open_corpus("planted-facts", 512, tmp_path)
     asked = probe.questions(corpus.train, corpus, 16)
-    assert asked.shape == (512, 17)
+    assert 300 < len(asked) <= 512 and asked.shape[1] == 17
     text = prepare_data.decode(corpus, corpus.train)
     for row in asked[::50].tolist():
         *_, where, _, name, _, _, thing, _, place = prepare_data.decode(corpus, row).split()
