@@ -28,7 +28,7 @@ meta phase left it, moved by as much of its length as the learner's embeddings s
 of that. shuffled, sharpen: as frozen, but the observation x is another text's, or what the learner says
 itself. first, frozen_first: as real and frozen, at the first token of each chunk; same_place: as frozen, but
 m_ji = 0 unless i = j. Of two wordings of one text (wordings.py) one is spoken and judges, the other observed;
-oracle: θ learns from the first; table, mask: what is known. Arms are compared by gold, held-out cross entropy.
+oracle: θ learns from the first; table, mask: what is known. Arms are compared by gold, cross entropy.
 """
 import copy
 import math
@@ -50,7 +50,7 @@ from run import open_run
 from watch import MEMORY, note
 
 # --- experiment
-arms = "real,frozen,self,ema,shuffled,sharpen"  # any of these, and first, frozen_first
+arms = "real,frozen,self,ema,shuffled,sharpen"  # any of these, first, frozen_first, same_place, and see above
 meta_steps = 600        # steps of the meta phase: the learner's, then the critic's
 pretrain = 400          # of these, steps of the learner alone, on real text; the rest trains the critic
 self_steps = 500        # steps of each arm, with the critic's signal
@@ -77,7 +77,7 @@ n_head = 4              # heads in each
 n_embd = 64             # width
 block_size = 32         # text tokens in a sequence
 # --- data
-dataset = "plays"       # plays, tinyshakespeare, fineweb-edu, or a text file or folder of your own
+dataset = "plays"       # plays, kjv-asv, tinyshakespeare, fineweb-edu, or a text file or folder of your own
 vocab = 512             # tokens: 256 is plain bytes, 50257 is GPT-2's, any other a BPE trained on the corpus
 train_tokens = 0        # use only the first so many training tokens, repeated; 0 is all
 # --- optimisation

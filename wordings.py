@@ -97,8 +97,8 @@ def stands_for(corpus):
 
 
 def rarer(corpus):
-    """{"T": identity, "weight": float32 [V]}: cross entropy, each word weighted by how much rarer it is in KJV
-    than in ASV, at most 1."""
+    """{"T": identity, "weight": float32 [V]}: cross entropy, each word weighted by how much rarer it is in
+    KJV than in ASV, at most 1."""
     often = [np.bincount(split, minlength=corpus.vocab_size) / len(split)
              for split in (corpus.train, corpus.train_other)]
     weight = np.minimum(1, often[0] / np.maximum(often[1], 1e-12)).astype(np.float32)

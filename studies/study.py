@@ -247,7 +247,7 @@ STUDIES = {
         **{how: f"{FACTS} --meta_steps=500 --val_chunks={how}" for how in ("random", "similar")},
         "by-hand": f"{FACTS} --meta_steps=100 --kappa=7",
     }, FIVE),
-    # No end: 20 times the meta phase, with no real token as a target.
+    # No end: many times the meta phase, with no real token as a target.
     "3-long": ("meta_gist.py", {
         "dense": "--self_steps=12000 --eval_interval=200 --save_interval=2000 --arms=real,frozen",
         "dense-self": "--self_steps=12000 --eval_interval=200 --save_interval=2000 --arms=self,ema "

@@ -108,9 +108,10 @@ def test_what_is_known_is_praised_and_a_mask_weighs_what_cross_entropy_says(bibl
     entropy_slope = F.one_hot(seen[0], 1024) - p[0, 0]  # of cross entropy, by the logits, less
     a = mg.signal(known["mask"], seen, said)[0, 0, 0]
     assert torch.allclose(a, known["mask"]["weight"][jehovah] * entropy_slope, atol=1e-7)
-    assert abs(a[0, lord]) < 1e-4 < abs(entropy_slope[0, lord])  # what is only said otherwise is not unlearned
+    assert abs(a[0, lord]) < 1e-4 < abs(entropy_slope[0, lord])  # it is not unlearned
     a = mg.signal(known["table"], seen, said)[0, 0, 0, 0]
-    assert a.argmax() == the and torch.allclose(a, known["table"]["T"][jehovah] - p[0, 0, 0] @ known["table"]["T"])
+    T = known["table"]["T"]
+    assert a.argmax() == the and torch.allclose(a, T[jehovah] - p[0, 0, 0] @ T)
 
 
 def test_texts_that_are_cut_short_have_twins_too(bible):
