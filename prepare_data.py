@@ -19,8 +19,7 @@ Planted corpora (planted.py), last text in two wordings (wordings.py), with thei
     --dataset=plays-spellings --vocab=144   # 4,480,991  472,801  the plays in 36 characters, 4 ids for each
     --dataset=kjv-asv --vocab=1024          # 653,487  108,724  in KJV and in ASV, further 185,679 in KJV
 
-A corpus is a series of documents, each for one split. Its folder data/<name>-<vocab>/ appears at the end,
-whole or not at all. The experiments call `prepare` themselves.
+The folder data/<name>-<vocab>/ appears whole or not at all. The experiments call `prepare` themselves.
 """
 import base64
 import contextlib
@@ -401,8 +400,9 @@ def open_corpus(dataset, vocab, root=DATA_ROOT):
 
 
 def corpus_id(corpus):
-    """What tells a corpus and its tokenizer from all others: the three hashes in its meta.json."""
-    return [corpus.meta["tokenizer_sha256"], *(corpus.meta[split]["sha256"] for split in SPLITS)]
+    """What tells a corpus and its tokenizer from all others: the hashes in its meta.json."""
+    meta = corpus.meta
+    return [meta["tokenizer_sha256"], *(meta[split]["sha256"] for split in splits_of(meta["dataset"]))]
 
 
 def windows(tokens, starts, length):
