@@ -81,7 +81,7 @@ ALIGNED = f"{WORDS} --val_chunks=aligned --outer_batch=16 --kappa=7"
 WORDS_ARMS = "--arms=real,oracle,frozen,shuffled"
 # κ, κ_a, ν of a dozen critics, E random: does what a critic gains in H steps tell what it recovers in 500?
 CRITICS = ((7, 20, 0.8), (3, 5, 0.5), (2, 30, 0.9), (12, 3, 0), (5, 10, 0.2), (20, 20, 0.6), (4, 2, 0.9),
-           (10, 40, 0.95), (7, 6, -0.2), (15, 8, 0.8), (3, 15, 0.7), (8, 3, 0.5))
+           (10, 40, 0.95), (7, 6, 0), (15, 8, 0.8), (3, 15, 0.7), (8, 3, 0.5))
 RANKS = "--arms=frozen --self_steps=500 --eval_interval=1 --eval_windows=256 --save_interval=1000"
 SHIFT_MODEL, SHIFT_STEPS = SHIFT.replace("--self_steps=200 ", ""), "--eval_interval=100 --save_interval=2000"
 SIZES = {"bytes": 256, "bpe": 512}  # of the plays
