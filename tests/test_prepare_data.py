@@ -90,7 +90,8 @@ def test_no_mark_of_markdown_is_left_and_the_lines_stay(plays):
 
 def test_the_plays_are_split_whole_and_a_tenth_is_held_out(plays):
     train, val = (plays[1].meta[split] for split in pd.SPLITS)
-    assert sorted(val["titles"]) == sorted(pd.plays.VAL_PLAYS) and not set(train["titles"]) & set(val["titles"])
+    assert sorted(val["titles"]) == sorted(pd.plays.VAL_PLAYS)
+    assert not set(train["titles"]) & set(val["titles"])
     assert len(set(train["titles"] + val["titles"])) == 38 == train["documents"] + val["documents"]
     assert 0.08 < val["bytes"] / (train["bytes"] + val["bytes"]) < 0.12
     train, val = (pd.decode(plays[1], tokens) for tokens in (plays[1].train, plays[1].val))
