@@ -60,6 +60,12 @@ def learner_of(state):
     return model_of(state["config"], state["snapshot"]["learner"])
 
 
+def learners_of(folder, state):
+    """{arm: the learner at its end}, and as "meta" that of the end of the meta phase, of a run of stage 3."""
+    ends = {arm: read_end(folder, arm, "meta_gist")["weights"] for arm in state["arms"]}
+    return dict(meta=learner_of(state), **{arm: model_of(state["config"], end) for arm, end in ends.items()})
+
+
 def train_tokens_of(state, corpus):
     return corpus.train[:state["config"]["train_tokens"] or None]
 
@@ -132,9 +138,7 @@ def answers(folder):
     """{arm: what `answered` says of its end, and of the end of the meta phase}."""
     state, corpus, _ = set_up(folder)
     asked = questions(corpus.val, corpus, state["config"]["block_size"])
-    ends = {arm: read_end(folder, arm, "meta_gist")["weights"] for arm in state["arms"]}
-    return {arm: answered(model_of(state["config"], weights), asked)
-            for arm, weights in dict(meta=state["snapshot"]["learner"], **ends).items()}
+    return {arm: answered(learner, asked) for arm, learner in learners_of(folder, state).items()}
 
 
 # ---- two wordings
@@ -145,9 +149,8 @@ def worded(folder):
     books}, and of the end of the meta phase."""
     state, corpus, _ = set_up(folder)
     kinds, found = torch.from_numpy(classes(corpus)), {}
-    ends = {arm: read_end(folder, arm, "meta_gist")["weights"] for arm in state["arms"]}
-    for arm, weights in dict(meta=state["snapshot"]["learner"], **ends).items():
-        learner, row = model_of(state["config"], weights), []
+    for arm, learner in learners_of(folder, state).items():
+        row = []
         for tokens in (corpus.val, corpus.further):
             text = val_windows(tokens, VERSES, state["config"]["block_size"] + 1)
             logp = torch.cat([learner(part[:, :-1]).log_softmax(-1) for part in text.split(64)])

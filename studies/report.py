@@ -304,11 +304,10 @@ def critics(names, arms=ARMS, below=()):
                  "steps to hack | recovered", rows, *below)
 
 
-def open_runs(names, arms=ARMS, below=""):
+def open_runs(names):
     """What the open run of each arm recovers; on kjv-asv beside oracle."""
-    rows = [[point, *cells(runs, arm, told(runs, arm, "recovered"))]
-            for point, arm, runs in each(names, arms)]
-    return table("critic | arm | seeds | steps to hack | recovered", rows, below)
+    rows = [[point, *cells(runs, arm, told(runs, arm, "recovered"))] for point, arm, runs in each(names)]
+    return table("critic | arm | seeds | steps to hack | recovered", rows)
 
 
 def ranks():

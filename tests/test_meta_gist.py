@@ -239,7 +239,8 @@ def test_forward_mode_is_the_derivative_of_the_whole_run(monkeypatch, steps):
     phases = SimpleNamespace(
         parts=dict(learner=learner, optimizer=SimpleNamespace(state=state)),
         run=SimpleNamespace(average=alone),
-        text=lambda step, stream, rows=None, split="train": outer if stream == mg.JUDGE else texts[step])
+        text=lambda step, stream, rows=None, split="train":
+            outer if stream == mg.JUDGE else dict(train_other=texts)[split][step])  # what arms observe
     monkeypatch.setattr(mg, "write_chunks", lambda *a: next(words))
     monkeypatch.setattr(mg, "chance", lambda phases, step, stream: chances[step])
     monkeypatch.setattr(mg, "rate", lambda arm, step: 0.01)
