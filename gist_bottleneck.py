@@ -29,23 +29,24 @@ tokens are sampled, and learned from by the score function.
 An arm is one self phase. real: cross entropy. frozen, self, ema: the critic is the learner of the end of the
 meta phase, now, or its moving average. shuffled, sharpen: as frozen, but x is another text's, or what the
 learner is likeliest to say. forecast, random: what the critic expects next, or random numbers, for gists.
+oracle: cross entropy on the wording that judges, where there are two (wordings.py).
 """
 import copy
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.func import grad, grad_and_value, jvp
 
 from configurator import chosen, refuse_if
-from equations import bound, by_name, follow, inner_step, praise, pull_back
+from equations import follow, praise
 from gists import (LARGEST_FORECAST, Space, carried, layout, make_spaces, past_of, read, score_function,
                    spans_at, squared_distances, starts_of, steadiness, vectors, write_spans)
 from model import GPT, GPTConfig, adamw
-from phases import Phases, read_corpus
+from phases import REAL, Phases, read_corpus
 from prepare_data import corpus_id, val_windows
 from run import open_run, read_bottleneck
 from watch import note
+from wordings import NAME, world
 
 # --- experiment
 arms = "real,frozen,shuffled,random"  # any of these, and self, ema, sharpen, forecast
@@ -63,18 +64,16 @@ distance = "praise"     # "praise" | "energy" | "plain": the loss over distances
 tau = 0.1               # what counts as alike, where two own spans at one prefix are at d² = 1 on average
 critic_from = ""        # the folder of another run, of any size, whose model is the critic; "": the learner's
 ema_decay = 0.999       # arm ema: the critic's weights are this share old, the rest the learner's, each step
-order = 1               # 1: the bottleneck alone makes the gists; 2: then also how much a step on them helps
-order_steps = 100       # order 2: steps of the critic, after the bottleneck's
-inner_length = 0.05     # order 2: length of the learner's inner step, in the norm of all weights
 # --- model
 n_layer = 3             # blocks; the gist is what enters the last one
 n_head = 4              # heads in each
 n_embd = 96             # width
 block_size = 128        # text tokens in a sequence
 # --- data
-dataset = "plays"       # plays, tinyshakespeare, fineweb-edu, or a text file or folder of your own
+dataset = "plays"       # plays, kjv-asv, tinyshakespeare, fineweb-edu, or a text file or folder of your own
 vocab = 256             # tokens: 256 is plain bytes, 50257 is GPT-2's, any other a BPE trained on the corpus
 train_tokens = 0        # use only the first so many training tokens, repeated; 0 is all
+both_wordings = False   # of kjv-asv, a text in two wordings: the meta phase reads them by turns
 # --- optimisation
 batch_size = 8          # sequences a step, over all ranks
 learning_rate = 6e-3    # AdamW, in the meta phase, the last 30 % of which it falls to that of the self phase
@@ -94,22 +93,18 @@ resume = ""             # the folder of a run to go on with
 start = ""              # the folder of a run whose finished meta phase to start from, instead of one's own
 wandb_log = "no"        # "no" | "online" | "offline": also log to Weights & Biases
 
-ARMS = ("real", "self", "frozen", "ema", "shuffled", "sharpen", "forecast", "random")
+ARMS = ("real", "oracle", "self", "frozen", "ema", "shuffled", "sharpen", "forecast", "random")
 # Settings that the meta phase does not read, beside those of configurator.SELF_PHASE.
-UNREAD_BY_META = ("span", "every", "candidates", "distance", "tau", "critic_from", "order", "order_steps",
-                  "inner_length")
+UNREAD_BY_META = ("span", "every", "candidates", "distance", "tau", "critic_from")
 # Independent streams of data and of random numbers.
-TEXT, FOREIGN, CHANCE, RULER, PROBE, TABLE, INNER, OUTER = range(8)
+_, FOREIGN, CHANCE, RULER, PROBE, TABLE = range(6)
 RULER_STEPS = 100        # on which the watch is calibrated, the fewest that it takes
-CRITIC_RATE = 3e-4       # order 2: Adam's learning rate of the critic
-RESTART = 20             # order 2: inner steps after which the learner goes back to the snapshot
 
 
 # ---- what the learner says, and would say itself
 
 def real_loss(model, lay, text, how="gist", tally=None):
-    """Cross entropy of text [B, T + 1] read under a mask, nats a token: what the meta phase and the arm real
-    train on, and O, what judges an inner step."""
+    """Cross entropy of text [B, T + 1] read under a mask, nats a token: the loss of real targets."""
     logits = read(model, lay, text[:, :-1], how)
     loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
     if tally is not None:
@@ -187,8 +182,9 @@ def hear(phases, arm, learner, critic, space, lay, text, starts, step):
     [B, T + 1]; in the arm shuffled another's. agreement: of target and truth, if that is among own spans."""
     x, truth = text[:, :-1], spans_at(text, starts, span)
     own, logp, logits = own_spans(phases, learner, lay, x, starts, step)
-    foreign = spans_at(phases.text(meta_steps + step, FOREIGN), starts, span) if arm == "shuffled" else truth
-    seen = own[:, :, 0] if arm == "sharpen" else foreign
+    seen = own[:, :, 0] if arm == "sharpen" else truth
+    if arm == "shuffled":
+        seen = spans_at(world(phases, meta_steps + step, FOREIGN), starts, span)
     with torch.no_grad():  # gists are data to the learner
         past = past_of(space, critic, lay, x)
         g = vectors(space, critic, lay, past, starts, torch.cat((own, seen.unsqueeze(2)), 2))
@@ -215,56 +211,6 @@ def self_loss(phases, arm, learner, critic, space, lay, text, step, tally):
          echo=target[..., 0].mean(), outside=target[..., -1].mean(),  # the likeliest own token comes first
          target_entropy=torch.special.entr(target).sum(-1).mean())
     return loss
-
-
-# ---- second order: see equations.py for θ′, w and what is averaged over ranks
-
-def inner_loss(logp, d2):
-    """L(θ, φ): θ makes the log probabilities of own tokens, φ the distances."""
-    return LOSS[distance](logp, d2, target_of(d2)).mean()
-
-
-def mixed_product(logp_of, theta, phi, d2, w):
-    """∂_φ ⟨∇_θ L, w⟩ = ∂_φ ⟨∂L/∂ℓ, ℓ̇⟩: L knows θ through ℓ = log p of own tokens; ℓ̇ is how w moves it."""
-    logp, moves = jvp(lambda th: logp_of(th, fused=False), (theta,), (w,))
-    logp = logp.detach().requires_grad_()
-    slope = torch.autograd.grad(inner_loss(logp, d2), logp, create_graph=True)[0]
-    found = torch.autograd.grad((slope * moves.detach()).sum(), list(phi.values()), allow_unused=True)
-    return {n: torch.zeros_like(p) if t is None else t for (n, p), t in zip(phi.items(), found)}
-
-
-def second_order(learner, theta, critic, space, lay, text, outer_text, average):
-    """How the critic should have moved the learner's step: (dφ and θ′ by name, gain of the step in nats)."""
-    x, starts, phi = text[:, :-1], own_starts(text.device), dict(critic.named_parameters())
-    logp_of = lambda th, **options: read(bound(learner, th), lay, x, **options)[:, starts - 1].log_softmax(-1)
-    own = logp_of(theta).topk(candidates).indices.unsqueeze(-1)
-    own_logp = lambda th, **options: with_none(logp_of(th, **options).gather(-1, own[..., 0]))
-    spans = torch.cat((own, spans_at(x, starts, span).unsqueeze(2)), 2)
-    d2 = squared_distances(vectors(space, critic, lay, past_of(space, critic, lay, x), starts, spans))
-    g = grad(lambda th: inner_loss(own_logp(th), d2.detach()))(theta)
-    average(list(g.values()))
-    moved = inner_step(theta, g, inner_length)
-    outer_loss = lambda th: real_loss(bound(learner, th), lay, outer_text)
-    lam, after = grad_and_value(outer_loss)(moved)
-    average(list(lam.values()))
-    dphi = mixed_product(own_logp, theta, phi, d2, pull_back(g, lam, inner_length))
-    average(list(dphi.values()))
-    return dphi, moved, outer_loss(theta).detach() - after
-
-
-def train_critic(phases, learner, critic, space, lay):
-    """`order_steps` of second order on the critic, each where the one before led: of one learner alone it
-    would memorise a direction. The gain of an inner step at their end, in nats."""
-    gains, optimizer = [], torch.optim.Adam(critic.parameters(), CRITIC_RATE)
-    critic.requires_grad_(True)
-    for step in range(order_steps):
-        theta = by_name(learner) if step % RESTART == 0 else theta
-        texts = phases.text(step, INNER), phases.text(step, OUTER)
-        dphi, theta, gain = second_order(learner, theta, critic, space, lay, *texts, phases.run.average)
-        phases.take_step(critic, optimizer, dphi, noted=False)
-        gains.append(phases.run.mean(gain))
-    critic.requires_grad_(False)
-    return float(np.mean(gains[-max(1, order_steps // 10):]))
 
 
 # ---- the critic: how its gists are compared, how it stands, what the reports show
@@ -297,7 +243,7 @@ def calibrate(phases, learner, critic, space, lay):
 def ask(phases, learner, critic, space, lay):
     """(own, observation, target, agreement) on the text to come as the arm reads it: first tokens of spans,
     of its first row. target: of the critic's heaviest, None where that is none of the own spans."""
-    text, starts, arm = phases.text(meta_steps + phases.step), own_starts(phases.run.device), phases.arm
+    text, starts, arm = world(phases, meta_steps + phases.step), own_starts(phases.run.device), phases.arm
     own, *_, target, agreement, _ = hear(phases, arm, learner, critic, space, lay, text, starts, phases.step)
     said = own[0, ..., 0].tolist()
     named = [(spans + [None])[heaviest] for spans, heaviest in zip(said, target[0].argmax(-1).tolist())]
@@ -319,12 +265,11 @@ def check():
     refuse_if(not 2 <= candidates <= most, f"candidates={candidates} must be from 2 to {most}")
     refuse_if(not meta_steps, f"meta_steps={meta_steps} must be above 0")
     refuse_if(not tau > 0, f"tau={tau} must be above 0")
-    refuse_if(order not in (1, 2), f"order={order} must be 1 (the bottleneck alone) or 2 (and second order)")
-    refuse_if(order == 2 and not order_steps, f"order_steps={order_steps} must be above 0 with order=2")
-    refuse_if(order == 2 and "forecast" in names, "order=2 trains no forecast: leave out the arm 'forecast'")
-    refuse_if(span > 1 and (order == 2 or "sharpen" in names), f"span={span} must be 1 for order=2, sharpen")
+    refuse_if(span > 1 and "sharpen" in names, f"span={span} must be 1 for the arm sharpen")
     refuse_if("forecast" in names and vocab > LARGEST_FORECAST,
-              f"vocab={vocab} must be at most {LARGEST_FORECAST} for the arm 'forecast'")
+              f"arms={arms!r}: vocab={vocab} must be at most {LARGEST_FORECAST} for the arm forecast")
+    refuse_if(dataset != NAME and (both_wordings or "oracle" in names),
+              f"dataset={dataset!r}: both_wordings and the arm oracle need {NAME!r}")
     refuse_if(critic_from and {"self", "ema"} & set(names),
               "arms 'self' and 'ema' have the learner for a critic: leave them out with critic_from")
     return names, ["gist", *masks]
@@ -360,7 +305,7 @@ def set_up(run, corpus, masks, lay):
     judge = lambda: learner if phases.arm == "meta" else critic
 
     def columns():  # of the log
-        found = {} if phases.arm == "real" else examine(run, corpus, judge(), space_of(phases), lay)
+        found = {} if phases.arm in REAL else examine(run, corpus, judge(), space_of(phases), lay)
         for how in masks[1:] if phases.arm == "meta" else ():
             found[f"gold_{how}"], _ = phases.gold(lambda x: read(models[how], lay, x, how))
         return dict(outside=None, **found)
@@ -377,7 +322,7 @@ def space_of(phases):
 
 
 def begin_arms(phases, learner, critic, theirs, lay):
-    """What the arms start from: the critic, how its gists are compared, and with order 2 what it learns."""
+    """What the arms start from: the critic, and how its gists are compared."""
     kept, c = phases.kept, critic.config
     learner.load_state_dict(phases.snapshot["learner"])
     critic.load_state_dict(theirs or phases.snapshot["critic" if critic_from else "learner"])
@@ -387,8 +332,6 @@ def begin_arms(phases, learner, critic, theirs, lay):
     rng = np.random.default_rng([seed, TABLE])
     spaces, filled = make_spaces(critic, lay, x, starts, own, rng, phases.run.average)
     kept["found"].update(directions=spaces["gist"].whiten.size(1), directions_filled=filled)
-    if order == 2:
-        kept["found"]["gain"] = train_critic(phases, learner, critic, spaces["gist"], lay)
     kept.update(sizes=dict(n_layer=c.n_layer, n_head=c.n_head, n_embd=c.n_embd), watches={},
                 spaces={kind: space._asdict() for kind, space in spaces.items()})
     phases.snapshot["critic"] = copy.deepcopy(critic.state_dict())
@@ -407,7 +350,7 @@ def main():
 
     # ---- meta phase: cross entropy through the bottleneck, and through the masks of the controls
     for step in phases.meta(meta_steps):
-        text = phases.text(step)
+        text = world(phases, step)
         for how in masks:
             for group in optimizers[how].param_groups:
                 group["lr"] = rate("meta", step)
@@ -431,9 +374,9 @@ def main():
         if phases.at["step"] == 0:
             calibrate(phases, learner, critic, space, lay)
         for step in phases.steps(self_steps):
-            text = phases.text(meta_steps + step)
+            text = world(phases, meta_steps + step)
             with run.autocast():
-                if arm == "real":
+                if arm in REAL:
                     loss = real_loss(learner, lay, text, "gist", phases.tally)
                 else:
                     loss = self_loss(phases, arm, learner, critic, space, lay, text, step, phases.tally)
@@ -441,7 +384,7 @@ def main():
             phases.take_step(learner, optimizers["gist"])
             if arm in ("self", "ema"):
                 follow(critic, learner, ema_decay if arm == "ema" else 0.0)
-            phases.at["real_targets"] += batch_size * block_size * (arm == "real")
+            phases.at["real_targets"] += batch_size * block_size * (arm in REAL)
     phases.finish(**phases.kept["found"])
 
 

@@ -260,25 +260,17 @@ def far_derivative(phases, number, phi):
         fixed = lambda a: grad(lambda th: inner_loss(a, said(th).logp))
         return lambda th, ph: fixed(signal(ph, text[:, 1:], said(th)))(th)
 
-    own_step = lambda k, *now: adamw_step(*now, rate("meta", pretrain), pretrain + k + 1, grad_clip)
+    own_step = lambda k, *now: adamw_step(*now, rate("frozen", 0), pretrain + k + 1, grad_clip)
     outer_gradient = lambda th: real_gradient(learner, th, phases.text(number, JUDGE, rows=outer_batch))[0]
     return hypergradient(own_gradient, own_step, outer_gradient, by_name(learner),
                          (moment("exp_avg"), moment("exp_avg_sq")), phi, SCALARS, horizon, phases.run.average)
-
-
-def world(phases, step, stream=TEXT):
-    """The text of a step, int [B, T + 1]. Where there are two wordings an arm observes the other one of the
-    held-out books, and oracle the one that judges."""
-    if phases.arm == "meta" or dataset != wordings.NAME:
-        return phases.text(step, stream)
-    return phases.text(step, stream, split="val" if phases.arm == "oracle" else "val_other")
 
 
 def observed(phases, arm, learner, text, step, u):
     """What the critic reads as the observation [B, T]: the truth, in the arm shuffled another text's, in the
     arm sharpen what the learner itself says after each true prefix."""
     if arm == "shuffled":
-        return world(phases, step, FOREIGN)[:, 1:]
+        return wordings.world(phases, step, FOREIGN)[:, 1:]
     return sample_tokens(learner(text[:, :-1]), u[:, 0]) if arm == "sharpen" else text[:, 1:]
 
 
@@ -398,7 +390,7 @@ def examine(phases):
 @torch.no_grad()
 def ask(phases, learner, critic, step):
     """(own, true and praised tokens of a step's first row; agreement of the last two), read as in the arm."""
-    text, u, theta = world(phases, step), chance(phases, step), by_name(learner)
+    text, u, theta = wordings.world(phases, step), chance(phases, step), by_name(learner)
     seen = observed(phases, phases.arm, learner, text, step, u)
     said = say_chunks(learner, theta, text[:, :-1], write_chunks(learner, theta, text[:, :-1], chunk, u))
     told, obs = signal(by_name(critic), seen, said, phases.arm).argmax(-1).flatten(2), text[:, 1:]
@@ -455,7 +447,7 @@ def main():
     phases = Phases(run, corpus, dict(learner=learner, critic=critic, **optimizers), kept, read=learner,
                     rate=rate, judge=lambda: known.get(phases.arm, critic), examine=lambda: examine(phases),
                     ask=lambda *who: ask(phases, *who, meta_steps + phases.step))
-    phases.begin(self_phase=("self_rate",))
+    phases.begin(self_phase=() if horizon else ("self_rate",))
     if compile:  # whole functions: inside torch.func's transforms a compiled module runs as it is written
         for function in (real_gradient, signal_gradient, mixed_product):
             globals()[function.__name__] = torch.compile(function)
@@ -480,7 +472,7 @@ def main():
     # ---- self phase: the critic's signal is all that the learner learns from
     for arm in phases.arms(names):
         for step in phases.steps(self_steps):
-            text = world(phases, meta_steps + step)
+            text = wordings.world(phases, meta_steps + step)
             with run.autocast():
                 if arm in REAL:
                     every = chunk if arm == "first" else 1

@@ -58,6 +58,19 @@ def documents(wheel, vocab):
             yield f"{split}_other", f"book {book}", "".join(say(asv[place]) for place in places)
 
 
+# ---- who reads which wording
+
+def world(phases, step, stream=0):
+    """The text of a step, int [B, T + 1]. Of two wordings the learner speaks the first; then an arm observes
+    the other one, of the held-out books, and oracle the first. both_wordings: a meta phase of both."""
+    if phases.settings["dataset"] != NAME:
+        return phases.text(step, stream)
+    if phases.arm == "meta":
+        both = phases.settings.get("both_wordings")
+        return phases.text(step, stream, split="train_other" if both and step % 2 else "train")
+    return phases.text(step, stream, split="val" if phases.arm == "oracle" else "val_other")
+
+
 # ---- which places say the same
 
 def ends(tokens, encoding):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import in_process, log, summary
 
+import gist_bottleneck as gb
 import meta_gist as mg
 import prepare_data as pd
 import wordings
@@ -77,12 +78,22 @@ def test_a_vocabulary_that_cannot_be_is_refused(tmp_path, capsys):
     refused(capsys, tmp_path, prepare, "vocab=100 must be from 256 to 8192")
 
 
-def test_an_arm_observes_the_other_wording_and_is_judged_by_the_first(tmp_path, monkeypatch):
-    """The script from the command line, on the corpus as it is; and what the known kernels make of tokens."""
-    out, read = tmp_path / "run", []
-    whole = mg.Phases.text
-    monkeypatch.setattr(mg.Phases, "text", lambda self, *a, **k: read.append(
-        (self.arm, k.get("split", a[3] if len(a) > 3 else "train"))) or whole(self, *a, **k))
+@pytest.fixture
+def read(monkeypatch):
+    """(arm, split) of each text that a run reads, but for what stage 2 shows the watch."""
+    found, whole = [], mg.Phases.text
+
+    def text(self, step, stream=0, rows=None, split="train"):
+        if (self.run.stage, stream) != ("gist_bottleneck", gb.RULER):
+            found.append((self.arm, split))
+        return whole(self, step, stream, rows, split)
+    monkeypatch.setattr(mg.Phases, "text", text)
+    return found
+
+
+def test_an_arm_observes_the_other_wording_and_is_judged_by_the_first(tmp_path, monkeypatch, read):
+    """Stage 3 from the command line, on the corpus as it is."""
+    out = tmp_path / "run"
     arms = "real,oracle,frozen,shuffled,table,mask"
     in_process(monkeypatch, "meta_gist.py", "--dataset=kjv-asv", "--vocab=1024", "--n_layer=1", "--n_embd=16",
                "--block_size=8", "--batch_size=4", "--outer_batch=4", "--val_chunks=aligned", "--pretrain=3",
@@ -95,6 +106,21 @@ def test_an_arm_observes_the_other_wording_and_is_judged_by_the_first(tmp_path, 
     found = summary(out)["arms"]
     assert list(found) == arms.split(",")
     assert len({row["gold_nats"] for row in log(out) if row["step"] == 0 and row["arm"] != "meta"}) == 1
+
+
+def test_a_critic_of_stage_2_that_has_read_both_wordings_judges_the_other(tmp_path, monkeypatch, read):
+    size = ["--dataset=kjv-asv", "--vocab=1024", "--n_layer=2", "--n_embd=16", "--block_size=8", "--chunk=4",
+            "--batch_size=4", "--meta_steps=4", "--eval_windows=8", "--controls="]
+    in_process(monkeypatch, "gist_bottleneck.py", *size, "--both_wordings=true", "--arms=",
+               f"--out_dir={tmp_path / 'critic'}")
+    assert {split for _, split in read} == {"train", "train_other"}
+    read.clear()
+    arms = "real,oracle,frozen,shuffled"
+    in_process(monkeypatch, "gist_bottleneck.py", *size, f"--arms={arms}", "--self_steps=3", "--every=1",
+               "--candidates=4", f"--critic_from={tmp_path / 'critic'}", f"--out_dir={tmp_path / 'run'}")
+    splits = {arm: {split for who, split in read if who == arm} for arm in ("meta", *arms.split(","))}
+    observed = {"val_other"}
+    assert splits == dict(meta={"train"}, real=observed, oracle={"val"}, frozen=observed, shuffled=observed)
 
 
 def test_what_is_known_is_praised_and_a_mask_weighs_what_cross_entropy_says(bible, monkeypatch):
