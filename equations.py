@@ -29,6 +29,20 @@ def by_name(module):
     return {n: p.detach() for n, p in module.named_parameters()}
 
 
+def leaves(weights):
+    """Weights by name, to be derived by: detached, they require a gradient."""
+    return {n: p.detach().requires_grad_() for n, p in weights.items()}
+
+
+def gradient(value, weights, along=None, graph=False):
+    """{n: ∂⟨along, value⟩/∂w_n} by leaves; along: held fixed, None where value is one number.
+
+    graph: what is found can be derived again, also through `along`. Zero by weights that value does not know.
+    """
+    found = torch.autograd.grad(value, list(weights.values()), along, create_graph=graph, materialize_grads=True)
+    return dict(zip(weights, found))
+
+
 def bound(module, weights):
     """The module as a function that has other weights."""
     return lambda *inputs, **options: functional_call(module, weights, inputs, options)

@@ -37,11 +37,12 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call, grad, grad_and_value, jvp, vjp
+from torch.func import functional_call, grad
 
 import wordings
 from configurator import chosen, refuse_if
-from equations import adamw_step, add, by_name, dot, hypergradient, inner_step, praise, pull_back
+from equations import (adamw_step, add, by_name, dot, gradient, hypergradient, inner_step, leaves, praise,
+                       pull_back)
 from gists import PIECE, Said, make_index, nearest, say_chunks, write_chunks
 from model import GPT, GPTConfig, adamw, sample_tokens
 from phases import REAL, Phases, read_corpus
@@ -142,7 +143,7 @@ def signal(phi, seen, said, arm=""):
 # ---- second order: see equations.py for θ′, w and what is averaged over ranks; theta, phi: dicts by name
 
 def inner_loss(a, logp):
-    """L = −Σ_v A(v) log p_θ(v), nats, mean over own places; `mixed_product` needs it linear in log p."""
+    """L = −Σ_v A(v) log p_θ(v), nats, mean over own places."""
     return -(a * logp).sum(-1).mean()
 
 
@@ -154,20 +155,26 @@ def real_loss(learner, theta, text, every=1):
 
 def real_gradient(learner, theta, text, every=1):
     """(∇_θ of the cross entropy of a text on this rank, (nats a token, log p))."""
-    return grad_and_value(lambda th: real_loss(learner, th, text, every), has_aux=True)(theta)
+    theta = leaves(theta)
+    loss, logp = real_loss(learner, theta, text, every)
+    return gradient(loss, theta), (loss.detach(), logp.detach())
 
 
-def signal_gradient(learner, theta, phi, text, seen, y, arm):
+def signal_gradient(learner, theta, phi, text, seen, y, arm="", graph=False):
     """(∇_θ L on this rank, (L, (log p after true prefixes [B, T, V], tokens praised most [B, R, T]))).
 
-    seen: the observation, int [B, T]. y: see `write_chunks`. arm: of FIRST, L is that of first places."""
+    seen: the observation, int [B, T]. y: see `write_chunks`. arm: of FIRST, L is that of first places. graph:
+    of leaves θ and φ; then ∇_θ L can be derived again by both, for the critic reads what is said.
+    """
+    theta = theta if graph else leaves(theta)
+    said = say_chunks(learner, theta, text[:, :-1], y, fused=not graph)
+    with torch.set_grad_enabled(graph):
+        a = signal(phi, seen, said, arm)
     places = slice(1) if arm in FIRST else slice(None)
-    def loss(th):
-        said = say_chunks(learner, th, text[:, :-1], y)
-        a = signal(phi, seen, Said(*(t.detach() for t in said)), arm)  # held fixed: no praise is sought
-        heard = said.logp_true.detach().flatten(1, 2), a.argmax(-1).flatten(2)
-        return inner_loss(a[..., places, :], said.logp[..., places, :]), heard
-    return grad_and_value(loss, has_aux=True)(theta)
+    logp, along = said.logp[..., places, :], a[..., places, :]
+    g = gradient(logp, theta, -along * vocab / along.numel(), graph)  # A is held fixed: no praise is sought
+    heard = said.logp_true.detach().flatten(1, 2), a.argmax(-1).flatten(2)
+    return g, (inner_loss(along, logp).detach(), heard)
 
 
 def inner_gradient(learner, theta, phi, text, seen, u, average, arm=""):
@@ -178,48 +185,34 @@ def inner_gradient(learner, theta, phi, text, seen, u, average, arm=""):
     return y, g, heard
 
 
-def mixed_product(learner, theta, phi, text, y, w, earlier):
-    """∂ ⟨∇_θ L(θ, φ), w⟩ by θ (None unless there are earlier steps) and by φ, each by name.
-
-    ⟨∇_θ L, w⟩ = −Σ_v A(v) ℓ̇(v), with ℓ = log p of the own text and ℓ̇ how it moves along w. By φ it is the
-    derivative of A alone. By θ it is that of ℓ̇, and of A, for the critic reads what is said.
-    """
-    def along(th):
-        said, moves = jvp(lambda moved: say_chunks(learner, moved, text[:, :-1], y, fused=False), (th,), (w,))
-        return said, moves.logp
-
-    def product(said, ph):
-        a = signal(ph, text[:, 1:], said)
-        return inner_loss(a, moves), a
-    if not earlier:
-        said, moves = along(theta)
-        return None, grad(product, 1, has_aux=True)(said, phi)[0]
-    (said, moves), pull = vjp(along, theta)
-    (by_said, by_phi), a = grad(product, (0, 1), has_aux=True)(said, phi)
-    return pull((by_said, -a * vocab / a.numel()))[0], by_phi
-
-
 def meta_step(learner, theta, phi, texts, chances, outer, average):
     """(dφ, O(θ_S), g and (L, what was heard) of the first step): how φ should have moved S steps to lower O.
 
     texts: of each step, int [B, T + 1]; chances: its uniform numbers; outer: the text that judges. average:
-    of a list of tensors over ranks, in place. Of each step θ_k, g_k and own tokens are kept, nothing else.
+    of a list of tensors over ranks, in place. Of each step θ_k, g_k and own tokens are kept, of the last one
+    the graph of g too; those of the others are made again on the way back, so that memory does not grow.
     """
-    trail, first = [], None
-    for text, u in zip(texts, chances):
-        y, g, heard = inner_gradient(learner, theta, phi, text, text[:, 1:], u, average)
+    trail, first, phi = [], None, leaves(phi)
+    for k, (text, u) in enumerate(zip(texts, chances)):
+        theta = leaves(theta)
+        y = write_chunks(learner, theta, text[:, :-1], chunk, u)
+        mine, heard = signal_gradient(learner, theta, phi, text, text[:, 1:], y, graph=k == len(texts) - 1)
+        g = {n: t.detach().clone() for n, t in mine.items()}
+        average(list(g.values()))
         first = first or (g, heard)
         trail.append((theta, g, text, y))
         theta = inner_step(theta, g, inner_length)
-    lam, (loss, _) = real_gradient(learner, theta, outer)                      # λ = ∇O(θ_S)
+    lam, (loss, _) = real_gradient(learner, theta, outer)                     # λ = ∇O(θ_S)
     average(list(lam.values()))
     dphi = {n: torch.zeros_like(p) for n, p in phi.items()}
-    for k, (before, g, text, y) in reversed(list(enumerate(trail))):
-        w = pull_back(g, lam, inner_length)
-        by_theta, by_phi = mixed_product(learner, before, phi, text, y, w, earlier=k > 0)
-        average([*by_phi.values(), *(by_theta or {}).values()])
-        dphi = add(dphi, by_phi)                                               # dφ += ∂_φ ⟨∇_θ L(θ_k, φ), w⟩
-        lam = add(lam, by_theta) if by_theta else lam                          # λ  += ∂_θ ⟨∇_θ L(θ_k, φ), w⟩
+    for k, (theta, g, text, y) in reversed(list(enumerate(trail))):
+        if k < len(texts) - 1:
+            mine, _ = signal_gradient(learner, theta, phi, text, text[:, 1:], y, graph=True)
+        along = dot(mine, pull_back(g, lam, inner_length))                    # ⟨∇_θ L(θ_k, φ), w⟩
+        found = gradient(along, phi | theta if k else phi)
+        average(list(found.values()))
+        dphi = add(dphi, found)                                               # dφ += ∂_φ ⟨∇_θ L(θ_k, φ), w⟩
+        lam = add(lam, found) if k else lam                                   # λ  += ∂_θ ⟨∇_θ L(θ_k, φ), w⟩
     return dphi, loss, first
 
 

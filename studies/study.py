@@ -52,6 +52,9 @@ LITTLE_PLAYS = ("--n_layer=2 --n_embd=64 --block_size=32 --controls= --batch_siz
                 "--every=1 --self_learning_rate=1e-3 --eval_interval=20 --eval_windows=256 "
                 "--arms=real,frozen,forecast,random")
 
+WORDS_2 = ("--dataset=kjv-asv --vocab=1024 --n_layer=2 --n_embd=64 --block_size=32 --controls= --batch_size=16 "
+           "--learning_rate=3e-3 --eval_interval=50 --eval_windows=512")
+
 # ---- stage 3
 SMALL = ("--n_head=2 --block_size=16 --learning_rate=3e-3 --warmup=10 --self_steps=300 --eval_interval=30 "
          "--eval_windows=256 --train_tokens=40000")
@@ -148,7 +151,6 @@ STUDIES = {
         "rate-1e-3": f"{RATE} --arms=real,self,frozen,ema",
         "rate-1e-3-long": f"{RATE} --start={{out}}/study-2/rate-1e-3/{{seed}} --arms=real,self "
                           "--self_steps=1500 --eval_interval=50",
-        "order-2": "--start={out}/study-2/base/{seed} --arms=frozen --order=2",
         "long": f"{GISTS},real --self_steps=2500 --eval_interval=100",
         "arms": "--start={out}/study-2/base/{seed} --arms=self,ema,shuffled,sharpen",
         "gists-2": "--n_gist=2 --controls= --arms=real,frozen,random",
@@ -168,6 +170,13 @@ STUDIES = {
         "plays": f"--train_tokens=40000 --meta_steps=150 --candidates=32 --self_steps=300 {LITTLE_PLAYS} "
                  f"{READER}/plays-critic/{{seed}}",
         "own": f"{LITTLE} --start={{out}}/study-2-meaning/praise/{{seed}} --arms=frozen,forecast",
+    }, FIVE),
+    # Gists of a text in other words: a learner of KJV observes ASV, and its critic has read both.
+    "2-words": ("gist_bottleneck.py", {
+        "critic": f"{WORDS_2} --both_wordings=true --meta_steps=3000 --arms=",
+        "learner": f"{WORDS_2} --meta_steps=1000 --self_learning_rate=1e-3 --self_steps=400 --candidates=32 "
+                   "--critic_from={out}/study-2-words/critic/{seed} "
+                   "--arms=real,oracle,frozen,forecast,random,shuffled",
     }, FIVE),
     # Second order: a critic that starts broad and random, and the same left so, or sharpened by hand.
     "3": ("meta_gist.py", {
@@ -222,6 +231,12 @@ STUDIES = {
         **{f"{name}-4-nu-.95": f"--chunk=4 --vocab={vocab} --meta_steps=400 --kappa=7 --nu=0.95 "
                                "--arms=real,first,frozen" for name, vocab in SIZES.items()},
     }, FIVE),
+    # From a broad start, judged by 60 own steps: the plays.
+    "3-horizon": ("meta_gist.py", {
+        f"{name}-{k}": f"--chunk={k} --vocab={vocab} --meta_steps=412 {BROAD.replace('real,', 'real,first,')} "
+                       f"{LEARNED_SCALARS} --horizon=60 --self_rate={rate}"
+        for k, rate in ((4, 1), (8, 0.3)) for name, vocab in SIZES.items()
+    }, THREE),
     # Which objective knows what a critic will recover?
     "3-ranks": ("meta_gist.py", {
         f"{name}-{i}": f"{model} --kappa={kappa} --kappa_a={kappa_a} --nu={nu} {RANKS}"
@@ -254,8 +269,7 @@ STUDIES = {
                       "--start={out}/study-3-long/dense/{seed}",
         "dense-shuffled": "--self_steps=1000 --arms=shuffled,sharpen --start={out}/study-3-long/dense/{seed}",
         "shift": f"{SHIFT_MODEL} {SHARP} --arms=real,first,frozen --self_steps=5000 {SHIFT_STEPS}",
-        "plays": f"--chunk=4 --meta_steps=400 {SHARP} --arms=real,first,frozen --self_steps=5000 "
-                 f"{SHIFT_STEPS}",
+        "plays": f"--chunk=4 --meta_steps=400 --kappa=7 --arms=real,first,frozen --self_steps=5000 {SHIFT_STEPS}",
     }, THREE),
 }
 

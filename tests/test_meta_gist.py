@@ -181,13 +181,14 @@ def test_two_ranks_find_the_second_order_of_one_and_the_mean_of_their_own_would_
 
 def test_between_inner_steps_nothing_is_kept_that_has_a_graph(monkeypatch):
     set_toy(chunk=4)
-    kept, real = [], mg.inner_gradient
-    monkeypatch.setattr(mg, "inner_gradient", lambda *a: kept.append(real(*a)) or kept[-1])
+    kept, real = [], mg.signal_gradient
+    monkeypatch.setattr(mg, "signal_gradient", lambda *a, graph: kept.append(real(*a, graph=graph)) or kept[-1])
     learner, theta, phi = toy()
     *found, first = mg.meta_step(learner, theta, phi, *what_is_read(3), alone)
-    tensors = [t for t in torch.utils._pytree.tree_leaves((kept, found, first)) if torch.is_tensor(t)]
-    assert len(kept) == 3 and len(tensors) > 3 * len(theta)
-    assert not any(t.requires_grad or t.grad_fn for t in tensors)
+    of = lambda *what: [t for t in torch.utils._pytree.tree_leaves(what) if torch.is_tensor(t)]
+    graphs = [any(t.requires_grad or t.grad_fn for t in of(*call)) for call in kept]
+    assert graphs == [False, False, True, True, True]  # two steps, the last one, and the two made again
+    assert len(of(found, first)) > len(theta) and not any(t.requires_grad or t.grad_fn for t in of(found, first))
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
