@@ -93,7 +93,7 @@ eval_windows = 128      # held-out sequences that gold is measured on
 save_interval = 200     # steps between two checkpoints
 device = "auto"         # "auto" | "cuda" | "mps" | "cpu": auto takes the first that is there
 dtype = "float32"       # "float32" | "bfloat16" | "float64": bfloat16 is autocast over float32 weights
-compile = False         # torch.compile of the gradients; minutes before the first steps, then faster
+compile = False         # torch.compile of the learner; about a minute before the first steps, then faster
 out_dir = "out/meta_gist"  # the run's folder; an earlier run there is moved aside
 resume = ""             # the folder of a run to go on with
 start = ""              # the folder of a run whose finished meta phase to start from, instead of one's own
@@ -308,7 +308,8 @@ def critic_step(phases, number, mover):
     if val_chunks == "similar" and mover["index"] is None:
         mover["index"] = make_index(phases.corpus.train, kept["index_from"])
     batch, theta, phi = meta_texts(phases, number, mover["index"]), by_name(mover["learner"]), by_name(critic)
-    dphi, judged, (g, (loss, (logp, told))) = meta_step(learner, theta, phi, *batch, run.average)
+    # By the weights' own module: what is compiled has no second derivative.
+    dphi, judged, (g, (loss, (logp, told))) = meta_step(mover["learner"], theta, phi, *batch, run.average)
     # One step on, a broad match gains like a sharp one, and then ruins the run: without horizon it stays.
     dphi |= far_derivative(phases, number, phi) if horizon else {s: 0 * phi[s] for s in SCALARS[1:]}
     text = batch[0][0]
@@ -441,9 +442,8 @@ def main():
                     rate=rate, judge=lambda: known.get(phases.arm, critic), examine=lambda: examine(phases),
                     ask=lambda *who: ask(phases, *who, meta_steps + phases.step))
     phases.begin(self_phase=() if horizon else ("self_rate",))
-    if compile:  # whole functions: inside torch.func's transforms a compiled module runs as it is written
-        for function in (real_gradient, signal_gradient, mixed_product):
-            globals()[function.__name__] = torch.compile(function)
+    if compile:
+        learner.compile()
 
     # ---- meta phase: real tokens are the learner's targets, then the judges of the critic
     for step in phases.meta(meta_steps):

@@ -2,9 +2,9 @@
 The one GPT of METALEARN: learner and critic are the same network.
 
 What differs from GPT-2:
-- RMSNorm without weights before each sublayer and before the head; queries and keys normalised too (QK-norm);
+- LayerNorm without weights before each sublayer and before the head;
 - rotary positions that the caller gives, since own and true tokens of a chunk share theirs;
-- relu² in the MLP; no biases; head and embedding untied;
+- no biases; head and embedding untied;
 - output projections and the head start at zero, so that the untrained model predicts uniformly;
 - special tokens (LOSS, gists) are extra rows of the embedding, and are never predicted;
 - one rule says who attends to whom, from (kind, chunk, position): `attention_mask` draws every layout;
@@ -120,35 +120,41 @@ def attend_branches(q, k, v, past_k, past_v, near, seen, causal):
 # ---- the network
 
 def norm(x):
-    """RMSNorm over the last dimension, without weights (arXiv 1910.07467)."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+    """LayerNorm over the last dimension, without weights (arXiv 1607.06450).
+
+    For second derivatives take gradients of gradients, or their jvp: the gradient of a jvp is wrong here
+    (PyTorch 2.13 holds the statistics fixed in it).
+    """
+    return F.layer_norm(x, x.shape[-1:])
 
 
 def rotary_table(pos, dim, dtype):
-    """(cos, sin), each [..., 1, L, dim / 2], of the angles pos · 10000^(−2i / dim) (arXiv 2104.09864)."""
+    """(cos, ∓ sin), each [..., L, 1, dim], of the angles pos · 10000^(−2i / dim) (arXiv 2104.09864)."""
     frequency = 10000.0 ** (-torch.arange(0, dim, 2, device=pos.device, dtype=torch.float32) / dim)
-    angle = (pos[..., None].float() * frequency).unsqueeze(-3)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = (pos[..., None].float() * frequency).unsqueeze(-2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
 def rotate(x, table):
-    """Turns x [..., L, D] by its positions, as D / 2 pairs of numbers."""
+    """Turns x [..., L, H, D] by its positions, as D / 2 pairs of numbers, D / 2 apart."""
     cos, sin = table
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.size(-1) // 2, -1), sin)
 
 
 class Attention(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.n_head = c.n_head
-        self.qkv = nn.Linear(c.n_embd, 3 * c.n_embd, bias=False)
+        self.qk = nn.Linear(c.n_embd, 2 * c.n_embd, bias=False)
+        self.v = nn.Linear(c.n_embd, c.n_embd, bias=False)
         self.out = nn.Linear(c.n_embd, c.n_embd, bias=False)
 
     def heads(self, x, table):
         """q, k and v, each [B, H, ..., L, D], of x [B, ..., L, C]."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_head, -1)).movedim(-3, 0).movedim(-2, 2)
-        return rotate(norm(q), table), rotate(norm(k), table), v
+        qk = self.qk(x).unflatten(-1, (2 * self.n_head, -1))  # turned at once, while a token's numbers adjoin
+        q, k = rotate(qk, table).movedim(-2, 1).chunk(2, 1)
+        return q, k, self.v(x).unflatten(-1, (self.n_head, -1)).movedim(-2, 1)
 
     def join(self, y):
         return self.out(y.movedim(1, -2).flatten(-2))
@@ -180,7 +186,7 @@ class Block(nn.Module):
         self.down = nn.Linear(4 * c.n_embd, c.n_embd, bias=False)
 
     def mlp(self, x):
-        return x + self.down(self.up(norm(x)).relu().square())
+        return x + self.down(F.gelu(self.up(norm(x))))
 
     def forward(self, x, table, mask, fused, cache):
         return self.mlp(x + self.attention(norm(x), table, mask, fused, cache))
@@ -239,7 +245,7 @@ class GPT(nn.Module):
         """
         near = sees.byte().argsort(dim=1, descending=True, stable=True)[:, :sees.sum(1).max()]
         seen, x = sees.gather(1, near), self.embed(x)
-        table = self.table(pos, x.dtype)
+        table = self.table(pos[:, None], x.dtype)
         *blocks, last = self.blocks[:until]
         x = norm(x)
         for block in blocks:

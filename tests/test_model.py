@@ -120,16 +120,17 @@ def test_network_equals_one_written_with_loops():
     params = dict(model.named_parameters())
     x = norm(params["embed.weight"][tokens[0]])
     for i in range(2):
-        q, k, v = (norm(x) @ params[f"blocks.{i}.attention.qkv.weight"].T).chunk(3, -1)
+        q, k = (norm(x) @ params[f"blocks.{i}.attention.qk.weight"].T).chunk(2, -1)
+        v = norm(x) @ params[f"blocks.{i}.attention.v.weight"].T
         heads = []
         for h in range(2):
             part = slice(8 * h, 8 * h + 8)
             table = rotary_table(torch.arange(6), 8, torch.float64)
-            qh, kh = (rotate(norm(y[:, part])[None, None], table)[0, 0] for y in (q, k))
+            qh, kh = (rotate(y[:, part][:, None], table)[:, 0] for y in (q, k))
             rows = [(qh[t] @ kh[:t + 1].T / 8 ** 0.5).softmax(-1) @ v[:t + 1, part] for t in range(6)]
             heads.append(torch.stack(rows))
         x = x + torch.cat(heads, -1) @ params[f"blocks.{i}.attention.out.weight"].T
-        hidden = (norm(x) @ params[f"blocks.{i}.up.weight"].T).relu() ** 2
+        hidden = F.gelu(norm(x) @ params[f"blocks.{i}.up.weight"].T)
         x = x + hidden @ params[f"blocks.{i}.down.weight"].T
     assert torch.allclose(model(tokens)[0], norm(x) @ params["head.weight"].T, atol=1e-10)
 
@@ -171,7 +172,7 @@ def test_explicit_attention_survives_second_order_in_both_modes():
     w = {n: torch.randn_like(p) for n, p in params.items()}
     along = lambda p: sum((g * w[n]).sum() for n, g in grad(loss)(p).items())
     double_backward = grad(along)(params)
-    forward_over = grad(lambda p: jvp(loss, (p,), (w,))[1])(params)
+    forward_over = jvp(grad(loss), (params,), (w,))[1]
     shift = lambda e: grad(loss)({n: p + e * w[n] for n, p in params.items()})
     up, down = shift(1e-5), shift(-1e-5)
     for n in params:
