@@ -87,6 +87,9 @@ def attention_mask(kind, chunk, pos, earlier="text"):
     return (chunk == row(chunk)) & within & up_to_itself | (chunk < row(chunk)) & of_earlier
 
 
+causal = lambda L, device: torch.ones(L, L, dtype=torch.bool, device=device).tril()  # bool [L, L]
+
+
 def attend(q, k, v, mask, fused):
     """Attention of q [B, H, L, D] over k, v [B, H, S, D] -> [B, H, L, D].
 
@@ -96,22 +99,21 @@ def attend(q, k, v, mask, fused):
     """
     if fused:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    if mask is None:
-        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool, device=q.device).tril()
+    mask = causal(k.size(2), k.device) if mask is None else mask
     scores = (q @ k.transpose(-2, -1)) * q.size(-1) ** -0.5
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
 
 
-def attend_branches(q, k, v, past_k, past_v, near, seen, causal):
+def attend_branches(q, k, v, past_k, past_v, near, seen, mine):
     """Attention of M short branches at each of N places of one past: q [B, H, N, M, r, D] -> the same.
 
     k, v: [B, H, N, M, R, D], a branch's own tokens so far. past_k, past_v: [B, H, S, D]. near: int [N, S'],
-    tokens of the past that a place may see; seen: bool [N, S'], those that it does. causal: bool [r, R].
+    tokens of the past that a place may see; seen: bool [N, S'], those that it does. mine: bool [r, R].
     Branches do not see one another: under one mask over all their tokens this would cost N M times as much.
     """
     past_k, past_v, q = past_k[:, :, near], past_v[:, :, near], q * q.size(-1) ** -0.5
     past = (q.flatten(3, 4) @ past_k.transpose(-2, -1)).masked_fill(~seen[:, None], float("-inf"))
-    own = (q @ k.transpose(-2, -1)).masked_fill(~causal, float("-inf"))                     # [..., M, r, R]
+    own = (q @ k.transpose(-2, -1)).masked_fill(~mine, float("-inf"))                     # [..., M, r, R]
     weights = torch.cat((past, own.flatten(3, 4)), -1).softmax(-1)                        # [..., M r, S' + R]
     on_past, on_own = weights.split((near.size(1), k.size(-2)), -1)
     return (on_past @ past_v).view_as(q) + on_own.view_as(own) @ v
@@ -159,8 +161,10 @@ class Attention(nn.Module):
     def join(self, y):
         return self.out(y.movedim(1, -2).flatten(-2))
 
-    def forward(self, x, table, mask, fused, cache):
+    def forward(self, x, table, mask, fused, cache, read=None):
         q, k, v = self.heads(x, table)
+        if read is not None:
+            q, mask = q[:, :, read], (causal(q.size(2), q.device) if mask is None else mask)[read]
         if cache is not None:
             if self in cache:
                 k, v = (torch.cat((past, new), 2) for past, new in zip(cache[self], (k, v)))  # S + L tokens
@@ -173,9 +177,8 @@ class Attention(nn.Module):
         if own:
             k, v = torch.cat((own[0], k), -2), torch.cat((own[1], v), -2)
         cache[self] = past_k, past_v, k, v
-        r, R = q.size(-2), k.size(-2)
-        causal = torch.ones(r, R, dtype=torch.bool, device=x.device).tril(R - r)
-        return self.join(attend_branches(q[..., read, :], k, v, past_k, past_v, *past, causal[read]))
+        mine = causal(k.size(-2), x.device)[-q.size(-2):]
+        return self.join(attend_branches(q[..., read, :], k, v, past_k, past_v, *past, mine[read]))
 
 
 class Block(nn.Module):
@@ -188,8 +191,9 @@ class Block(nn.Module):
     def mlp(self, x):
         return x + self.down(F.gelu(self.up(norm(x))))
 
-    def forward(self, x, table, mask, fused, cache):
-        return self.mlp(x + self.attention(norm(x), table, mask, fused, cache))
+    def forward(self, x, table, mask, fused, cache, read=None):
+        y = self.attention(norm(x), table, mask, fused, cache, read)
+        return self.mlp((x if read is None else x[:, read]) + y)
 
     def branch(self, x, table, past, cache, read=slice(None)):
         return self.mlp(x[..., read, :] + self.attention.branch(norm(x), table, past, cache, read))
@@ -209,31 +213,28 @@ class GPT(nn.Module):
 
     def initialise(self):
         for name, p in self.named_parameters():
-            if name.endswith(("out.weight", "down.weight", "head.weight")):
-                nn.init.zeros_(p)
-            elif name == "embed.weight":
-                nn.init.normal_(p, std=1.0)
-            else:
-                nn.init.normal_(p, std=self.config.n_embd ** -0.5)
+            scale = 1.0 if name == "embed.weight" else self.config.n_embd ** -0.5
+            nn.init.normal_(p, std=0.0 if name.endswith(("out.weight", "down.weight", "head.weight")) else scale)
 
-    def forward(self, x, pos=None, mask=None, read=slice(None), fused=True, cache=None, until=None):
-        """Logits [B, L', V] at the positions that `read` selects, an index of the L dimension.
+    def forward(self, x, pos=None, mask=None, read=None, fused=True, cache=None, until=None):
+        """Logits [B, L', V] at the positions that `read` selects, an index of the L dimension; all if None.
 
         x: tokens, int [B, L], or embeddings, float [B, L, C].
         pos: int [L] or [B, L]; 0 to L − 1 if None. mask: bool [L, S + L], causal if None.
         cache: a dict, empty at first, that keeps keys and values: the next call sees all S tokens so far, and
         must say by pos and mask where its own stand among them (ValueError).
         until: the number of a block; in place of logits, what enters that block, normed [B, L', C], or what
-        leaves the last one if until = n_layer. No later block is computed.
+        leaves the last one if until = n_layer. No later block is computed, and the last only where it is read.
         """
         if cache and (pos is None or mask is None):
             raise ValueError("with tokens in the cache, pos and mask must be given")
         x = self.embed(x) if not x.is_floating_point() else x
         table = self.table(torch.arange(x.size(1), device=x.device) if pos is None else pos, x.dtype)
+        *blocks, last = self.blocks[:until]
         x = norm(x)
-        for block in self.blocks[:until]:
+        for block in blocks:
             x = block(x, table, mask, fused, cache)
-        x = norm(x[:, read])
+        x = norm(last(x, table, mask, fused, cache, read))
         return self.head(x) if until is None else x
 
     def branch(self, x, pos, sees, cache, read=slice(None), until=None):

@@ -142,9 +142,8 @@ def test_until_stops_before_a_block_and_read_selects_positions():
     del shorter.blocks[2]
     assert torch.allclose(model(tokens, until=2) @ model.head.weight.T, shorter(tokens))
     assert torch.allclose(model(tokens, until=3) @ model.head.weight.T, model(tokens))
-    assert torch.equal(model(tokens, until=0), norm(norm(model.embed(tokens))))
     for read in (slice(3, 4), torch.tensor([4, 0])):
-        assert torch.equal(model(tokens, until=2, read=read), model(tokens, until=2)[:, read])
+        assert torch.allclose(model(tokens, until=2, read=read), model(tokens, until=2)[:, read])
 
 
 def test_embeddings_as_input_equal_tokens_and_carry_a_gradient():
