@@ -1,7 +1,7 @@
 """
 The mathematics around the stages, each piece once: praise, the moving average, the optimizer's step as a
-function, one inner step with its way back, and the way forward through many steps. θ (theta) is the learner,
-φ (phi) the critic; weights and gradients are dicts by name.
+function, the inner step and the way back through both. θ (theta) is the learner, φ (phi) the critic; weights
+and gradients are dicts by name.
 
 How should the critic have moved the learner's step, so that other text had gained from it? With
 
@@ -13,15 +13,14 @@ the derivative of O(θ′) by φ is that of ⟨∇_θ L(θ, φ), w⟩, where
 
     w = −(length/‖g‖)(λ − g ⟨g, λ⟩/‖g‖²)     λ pulled back through the normalisation
 
-Over several steps λ itself is pulled back, λ += ∂_θ ⟨∇_θ L, w⟩. Exact in data parallel: g, λ and these mixed
+or through whatever step is taken. Over several steps λ itself is pulled back, through the step to its θ (and
+moments), and λ += ∂_θ ⟨∇_θ L, w⟩. Exact in data parallel: g, λ and these mixed
 products are linear in what each rank sees, so g is averaged before the step and λ before the pull-back; N
 ranks then find what one finds with the whole batch. The mean of second orders that each rank computed alone
 is another thing.
 """
-import functools
-
 import torch
-from torch.func import functional_call, jvp, vmap
+from torch.func import functional_call, vjp
 
 
 def by_name(module):
@@ -39,8 +38,8 @@ def gradient(value, weights, along=None, graph=False):
 
     graph: what is found can be derived again, also through `along`. Zero by weights that value does not know.
     """
-    found = torch.autograd.grad(value, list(weights.values()), along, create_graph=graph, materialize_grads=True)
-    return dict(zip(weights, found))
+    wrt, options = list(weights.values()), dict(create_graph=graph, materialize_grads=True)
+    return dict(zip(weights, torch.autograd.grad(value, wrt, along, **options)))
 
 
 def bound(module, weights):
@@ -60,7 +59,13 @@ def add(a, b, scale=1.0):
 
 def inner_step(theta, g, length):
     """θ′ = θ − length · g/‖g‖; g averaged over ranks by now. Where g is zero no step is taken."""
-    return add(theta, g, -length / dot(g, g).sqrt().clamp_min(1e-30))
+    return add(theta, g, -length / dot(g, g).clamp_min(1e-36).sqrt())
+
+
+def moments_of(optimizer, module):
+    """(m, v) of AdamW, each by the names of the module's weights."""
+    named = list(module.named_parameters())
+    return tuple({n: optimizer.state[p][key] for n, p in named} for key in ("exp_avg", "exp_avg_sq"))
 
 
 def adamw_step(theta, moments, g, rate, count, grad_clip):
@@ -76,11 +81,10 @@ def adamw_step(theta, moments, g, rate, count, grad_clip):
     return {n: kept[n] - rate / (1 - 0.9 ** count) * m[n] / size[n] for n in g}, (m, v)
 
 
-def pull_back(g, lam, length):
-    """w = −(length/‖g‖)(λ − g ⟨g, λ⟩/‖g‖²)."""
-    norm = dot(g, g).sqrt().clamp_min(1e-30)
-    along = dot(g, lam) / norm
-    return {n: -length / norm * (lam[n] - g[n] * along / norm) for n in g}
+@torch.no_grad()
+def pull_back(step, lam, *at):
+    """λ, of what step(*at) gives, as λ of each of `at`: λ times the derivative of the step."""
+    return vjp(step, *at)[1](lam)
 
 
 def praise(of_truth, p, kernel):
@@ -90,30 +94,6 @@ def praise(of_truth, p, kernel):
     of_truth: K(x, ·), [..., V]. p: the learner's distribution [..., V]. kernel: K, [V, V] or [..., V, V].
     """
     return of_truth - (p.unsqueeze(-2) @ kernel).squeeze(-2)
-
-
-def hypergradient(gradient, step, outer_gradient, theta, moments, phi, scalars, horizon, average):
-    """{s: dO(θ_H)/ds} of a few scalars s of φ, through H of the learner's own steps: forward mode.
-
-    θ ← step(θ, m, g), g = ∇_θ L(θ, φ). The tangents t = dθ/ds, and dm of the moments, start at zero:
-
-        ġ = ∂_θ g · t + ∂_s g        (t, dm) ← d step · (t, dm, ġ)        at last dO/ds = ⟨∇O(θ_H), t⟩
-
-    g and ġ are linear in what each rank sees, and averaged. gradient(k, θ): g of step k as a function of
-    θ and φ. step(k, θ, moments, g). outer_gradient(θ): ∇O. scalars: names in φ. average: as elsewhere.
-    """
-    zero = lambda tensors: {n: p.new_zeros(len(scalars), *p.shape) for n, p in tensors.items()}
-    t, dm, e = zero(theta), tuple(zero(m) for m in moments), zero(phi)
-    for i, s in enumerate(scalars):
-        e[s][i] = 1
-    push = lambda f, at, ways: vmap(lambda *way: jvp(f, at, way), out_dims=(None, 0))(*ways)
-    for k in range(horizon):
-        g, dg = push(gradient(k, theta), (theta, phi), (t, e))
-        average([*g.values(), *dg.values()])
-        (theta, moments), (t, dm) = push(functools.partial(step, k), (theta, moments, g), (t, dm, dg))
-    lam = outer_gradient(theta)
-    average(list(lam.values()))
-    return {s: dot(lam, {n: p[i] for n, p in t.items()}) for i, s in enumerate(scalars)}
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from model import GIST, OWN, TRUE, attention_mask, rollout, sample_tokens
+from model import GIST, OWN, OWN_GIST, TRUE, attention_mask, rollout, sample_tokens
 
 PIECE = 16               # tokens of a piece of text that has a gist in the index
 LARGEST_FORECAST = 4096  # tokens: the principal directions of forecasts are those of a matrix [V, V]
@@ -292,33 +292,40 @@ def write_chunks(learner, theta, x, chunk, u):
 
 
 class Said(NamedTuple):
-    """The learner at every place of own and of true chunks; a gist is its last hidden state there."""
+    """The learner at every place of own and of true chunks; a gist is its last hidden state there, or that
+    of a GIST token behind it."""
     logp: torch.Tensor        # float [B, R, n, k, V], log probabilities after own prefixes
     logp_true: torch.Tensor   # float [B, n, k, V], after true ones
     gists: torch.Tensor       # float [B, R, n, k, C]
     gists_true: torch.Tensor  # float [B, n, k, C]
 
 
-def say_chunks(learner, theta, x, y, **options):
+def say_chunks(learner, theta, x, y, gist=None, **options):
     """The Said of own chunks y, see `write_chunks`, beside the true text x, int [B, T].
 
     One pass over the true tokens and behind them the own ones. The first place of a chunk follows the true
-    prefix in both. theta: the learner's weights by name. options: of the forward pass.
+    prefix in both. theta: the learner's weights by name. gist: the embedding [C] of a GIST token, which then
+    stands behind every place; what it has read is the gist there. options: of the forward pass.
     """
     (B, R, n, short), T = y.shape, x.size(1)
     packed = torch.cat((x.repeat_interleave(R, 0), y.flatten(0, 1).flatten(1)), 1)
     chunk, place = short + 1, torch.arange(T, device=x.device)
     pos = torch.cat((place, place[place % chunk > 0]))
     kind = torch.where(torch.arange(len(pos), device=x.device) < T, TRUE, OWN)
+    if gist is not None:
+        embedded = F.embedding(packed, theta["embed.weight"])
+        packed = torch.cat((embedded, gist.to(embedded.dtype).expand_as(embedded)), 1)
+        pos, kind = pos.repeat(2), torch.cat((kind, torch.where(kind == TRUE, GIST, OWN_GIST)))
     mask = None if chunk == 1 else attention_mask(kind, (pos + short) // chunk, pos)
-    until = learner.config.n_layer
+    until, L = learner.config.n_layer, T + n * short
     h = functional_call(learner, theta, (packed,), dict(options, pos=pos, mask=mask, until=until))
-    true, own = h.view(B, R, len(pos), -1).split((T, len(pos) - T), 2)
-    true, own = true.unflatten(2, (n, chunk)), own.unflatten(2, (n, short))
+    parts = lambda h: (h[:, :, :T].unflatten(2, (n, chunk)), h[:, :, T:].unflatten(2, (n, short)))
+    h = h.unflatten(0, (B, R))
+    (true, own), (true_gists, own_gists) = parts(h[:, :, :L]), parts(h[:, :, -L:])  # the same if gist is None
     speak = lambda states: (states @ theta["head.weight"].T).log_softmax(-1)
     logp_true = speak(true[:, 0])
     logp = torch.cat((logp_true[:, None, :, :1].expand(-1, R, -1, -1, -1), speak(own)), 3)
-    return Said(logp, logp_true, torch.cat((true[..., :1, :], own), 3), true[:, 0])
+    return Said(logp, logp_true, torch.cat((true_gists[..., :1, :], own_gists), 3), true_gists[:, 0])
 
 
 # ---- which texts are near

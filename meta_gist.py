@@ -21,7 +21,8 @@ writes alone, and gists align it with the truth, the learner's own last hidden s
 
 Where what it has written means what the truth says at some place of the chunk, it is taught what the truth
 says next there; elsewhere nothing. m_ji never sees x_i, so A is zero at the truth, on average. One step
-does not tell a broad match from a sharp one: κ_a and ν stay, or are judged after `horizon` own steps.
+does not tell a broad match from a sharp one: κ_a and ν stay, unless several steps of AdamW, such as arms
+take, judge (inner_length = 0). These can teach a GIST token behind each place, too, to say what was said.
 
 An arm is one self phase. real: θ learns from the true tokens. frozen, self, ema: from the signal of φ as the
 meta phase left it, moved by as much of its length as the learner's embeddings since, or by a moving average
@@ -31,17 +32,18 @@ m_ji = 0 unless i = j. Of two wordings of one text (wordings.py) one is spoken a
 oracle: θ learns from the first; table, mask: what is known. Arms are compared by gold, cross entropy.
 """
 import copy
+import functools
 import math
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.func import functional_call, grad
+from torch.func import functional_call
 
 import wordings
 from configurator import chosen, refuse_if
-from equations import (adamw_step, add, by_name, dot, gradient, hypergradient, inner_step, leaves, praise,
+from equations import (adamw_step, add, by_name, dot, gradient, inner_step, leaves, moments_of, praise,
                        pull_back)
 from gists import PIECE, Said, make_index, nearest, say_chunks, write_chunks
 from model import GPT, GPTConfig, adamw, sample_tokens
@@ -60,15 +62,15 @@ chunk = 1               # tokens that the learner writes alone, from a true pref
 kappa = 1.0             # sharpness that the critic starts with
 kappa_a = 20.0          # of chunks of 2 or more: the sharpness of the match of gists that it starts with
 nu = 0.95               # the cosine of gists at which a match is a half, that it starts with
+gist = "state"          # "state" | "token": the learner's last hidden state; that of a GIST token behind it
 # --- second order
 inner_steps = 1         # steps that the learner takes before the outer loss judges
-inner_length = 0.05     # length of an inner step, in the norm of all weights
+inner_length = 0.05     # length of an inner step, in the norm of all weights; 0: AdamW's, as arms take it
 val_chunks = "random"   # "random" | "similar" | "aligned": what judges: any text, the nearest, its twin
 outer_batch = 64        # sequences that judge
-critic_rate = 0.1       # Adam's learning rate of E, falling to 0 in a line; its entries are of about 1
+critic_rate = 0.1       # Adam's learning rate of E and GIST, falling to 0 in a line; entries are of about 1
 scalar_rate = 0.03      # the same of log κ, log κ_a and ν
 pool_steps = 100        # steps after which a learner of the pool starts again; sooner if it gets worse
-horizon = 0             # own steps of the learner that judge these three; 0: an inner step judges κ alone
 # --- self phase
 self_rate = 1.0         # learning rate of the self phase, as a share of learning_rate
 ema_decay = 0.999       # arm ema: the share by which the critic stays behind the learner, each step
@@ -104,9 +106,11 @@ ARMS = ("real", "oracle", "first", "self", "frozen", "frozen_first", "same_place
 TABLES = {"table": wordings.stands_for, "mask": wordings.rarer}  # what is known of the words: T and weights
 FIRST = ("first", "frozen_first")  # learn of the first token of a chunk alone, which follows a true prefix
 # Independent streams of data and of random numbers; MEASURE takes four.
-TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED, FAR, FAR_U, JUDGE = range(15)
+TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED = range(12)
+LENGTH = 0.05            # of the steps by which gains are measured, where inner_length is 0
 SAMPLES = 2              # rollouts for each observation, in chunks of 2 or more
-SCALARS = ("log_kappa", "log_kappa_a", "nu")  # of φ, beside E
+SCALARS = ("log_kappa", "log_kappa_a", "nu")  # of φ, beside E and the GIST token
+MATCH = ("log_kappa_a", "nu", "gist")          # of φ, what gists are compared by
 POOL_SIZE, WORSE = 4, 0.2  # learners that the critic is trained on; nats of O above its best that end one
 INDEX_EVERY = 100        # meta steps after which val_chunks = "similar" makes the index of texts anew
 
@@ -167,7 +171,7 @@ def signal_gradient(learner, theta, phi, text, seen, y, arm="", graph=False):
     of leaves θ and φ; then ∇_θ L can be derived again by both, for the critic reads what is said.
     """
     theta = theta if graph else leaves(theta)
-    said = say_chunks(learner, theta, text[:, :-1], y, fused=not graph)
+    said = say_chunks(learner, theta, text[:, :-1], y, phi.get("gist"), fused=not graph)
     with torch.set_grad_enabled(graph):
         a = signal(phi, seen, said, arm)
     places = slice(1) if arm in FIRST else slice(None)
@@ -185,12 +189,20 @@ def inner_gradient(learner, theta, phi, text, seen, u, average, arm=""):
     return y, g, heard
 
 
-def meta_step(learner, theta, phi, texts, chances, outer, average):
+def learn(theta, moments, g, count):
+    """(θ, moments) after an inner step: of inner_length, or step number `count` of the learner's AdamW."""
+    if inner_length:
+        return inner_step(theta, g, inner_length), moments
+    return adamw_step(theta, moments, g, rate("frozen", 0), count, grad_clip)
+
+
+def meta_step(learner, theta, phi, texts, chances, outer, average, moments=(), count=0):
     """(dφ, O(θ_S), g and (L, what was heard) of the first step): how φ should have moved S steps to lower O.
 
     texts: of each step, int [B, T + 1]; chances: its uniform numbers; outer: the text that judges. average:
-    of a list of tensors over ranks, in place. Of each step θ_k, g_k and own tokens are kept, of the last one
-    the graph of g too; those of the others are made again on the way back, so that memory does not grow.
+    of a list of tensors over ranks, in place. moments, count: of AdamW, and its steps so far, with
+    inner_length = 0. Of each step θ_k, g_k and own tokens are kept, of the last one the graph of g too; those
+    of the others are made again on the way back, so that memory grows by weights alone.
     """
     trail, first, phi = [], None, leaves(phi)
     for k, (text, u) in enumerate(zip(texts, chances)):
@@ -200,16 +212,18 @@ def meta_step(learner, theta, phi, texts, chances, outer, average):
         g = {n: t.detach().clone() for n, t in mine.items()}
         average(list(g.values()))
         first = first or (g, heard)
-        trail.append((theta, g, text, y))
-        theta = inner_step(theta, g, inner_length)
+        trail.append((theta, moments, g, text, y))
+        theta, moments = learn(theta, moments, g, count + k + 1)
     lam, (loss, _) = real_gradient(learner, theta, outer)                     # λ = ∇O(θ_S)
     average(list(lam.values()))
     dphi = {n: torch.zeros_like(p) for n, p in phi.items()}
-    for k, (theta, g, text, y) in reversed(list(enumerate(trail))):
+    of_moments = tuple({n: torch.zeros_like(p) for n, p in m.items()} for m in moments)  # λ of the moments
+    for k, (theta, moments, g, text, y) in reversed(list(enumerate(trail))):
         if k < len(texts) - 1:
             mine, _ = signal_gradient(learner, theta, phi, text, text[:, 1:], y, graph=True)
-        along = dot(mine, pull_back(g, lam, inner_length))                    # ⟨∇_θ L(θ_k, φ), w⟩
-        found = gradient(along, phi | theta if k else phi)
+        step, at = functools.partial(learn, count=count + k + 1), (theta, moments, g)
+        lam, of_moments, w = pull_back(step, (lam, of_moments), *at)          # λ and w, through the step
+        found = gradient(dot(mine, w), phi | theta if k else phi)
         average(list(found.values()))
         dphi = add(dphi, found)                                               # dφ += ∂_φ ⟨∇_θ L(θ_k, φ), w⟩
         lam = add(lam, found) if k else lam                                   # λ  += ∂_θ ⟨∇_θ L(θ_k, φ), w⟩
@@ -229,34 +243,16 @@ def meta_texts(phases, number, index):
     texts = [phases.text(k, INNER, split="train_other") for k in steps]
     outer, corpus, run = phases.text(number, OUTER, rows=outer_batch), phases.corpus, phases.run
     if val_chunks != "random":
-        where = seed, steps[-1], batch_size, T + 1, run.rank, run.ranks, INNER
-        starts = batch_starts(corpus.train_other, *where)
+        where = batch_size, T + 1, run.rank, run.ranks, INNER
+        starts = [batch_starts(corpus.train_other, seed, k, *where) for k in steps]
         if val_chunks == "similar":
-            found = nearest(index, torch.from_numpy(starts), outer_batch // batch_size, T, len(corpus.train))
+            asks, n = torch.from_numpy(starts[-1]), outer_batch // batch_size
+            found = nearest(index, asks, n, T, len(corpus.train))
         else:
+            starts = np.concatenate(starts)
             found = wordings.twins(starts, corpus.train, corpus.train_other, corpus.encoding, T + 1)
         outer = windows(corpus.train, np.ravel(found), T + 1).to(run.device)
     return texts, [chance(phases, k, ROLLOUT) for k in steps], outer
-
-
-def far_derivative(phases, number, phi):
-    """dO/ds of the scalars after `horizon` own steps from the pretrained learner; see `hypergradient`."""
-    learner, state = phases.parts["learner"], phases.parts["optimizer"].state
-    moment = lambda name: {n: state[p][name] for n, p in learner.named_parameters()}
-
-    def own_gradient(k, theta):
-        """∇_θ L on this rank after k steps, of θ and φ: A is fixed inside it, and moves with both."""
-        step = number * horizon + k
-        text, u = phases.text(step, FAR, split="train_other"), chance(phases, step, FAR_U)
-        y = write_chunks(learner, theta, text[:, :-1], chunk, u)  # what the learner writes is data
-        said = lambda th: say_chunks(learner, th, text[:, :-1], y, fused=False)
-        fixed = lambda a: grad(lambda th: inner_loss(a, said(th).logp))
-        return lambda th, ph: fixed(signal(ph, text[:, 1:], said(th)))(th)
-
-    own_step = lambda k, *now: adamw_step(*now, rate("frozen", 0), pretrain + k + 1, grad_clip)
-    outer_gradient = lambda th: real_gradient(learner, th, phases.text(number, JUDGE, rows=outer_batch))[0]
-    return hypergradient(own_gradient, own_step, outer_gradient, by_name(learner),
-                         (moment("exp_avg"), moment("exp_avg_sq")), phi, SCALARS, horizon, phases.run.average)
 
 
 def observed(phases, arm, learner, text, step, u):
@@ -308,10 +304,12 @@ def critic_step(phases, number, mover):
     if val_chunks == "similar" and mover["index"] is None:
         mover["index"] = make_index(phases.corpus.train, kept["index_from"])
     batch, theta, phi = meta_texts(phases, number, mover["index"]), by_name(mover["learner"]), by_name(critic)
+    moments = () if inner_length else moments_of(mover["optimizer"], mover["learner"])
     # By the weights' own module: what is compiled has no second derivative.
-    dphi, judged, (g, (loss, (logp, told))) = meta_step(mover["learner"], theta, phi, *batch, run.average)
-    # One step on, a broad match gains like a sharp one, and then ruins the run: without horizon it stays.
-    dphi |= far_derivative(phases, number, phi) if horizon else {s: 0 * phi[s] for s in SCALARS[1:]}
+    dphi, judged, (g, (loss, (logp, told))) = meta_step(
+        mover["learner"], theta, phi, *batch, run.average, moments, pretrain + member["age"])
+    if inner_length:  # one such step on, a broad match gains like a sharp one, and then ruins the run
+        dphi |= {n: torch.zeros_like(phi[n]) for n in MATCH if n in phi}
     text = batch[0][0]
     note(phases.tally, loss, logp, text[:, 1:], told)
     phases.take_step(critic, parts["critic_optimizer"], dphi)
@@ -358,7 +356,7 @@ def measure(phases, theta, number):
     found = dict(cosine_real=cos(signal_g, real), cos_bb=cos(signal_g, again_g), cos_bb_real=cos(real, more))
     before, _ = real_loss(learner, theta, other)
     for name, g in dict(gain=signal_g, gain_shuffled=shuffled_g, gain_real=real).items():
-        found[name] = before - real_loss(learner, inner_step(theta, g, inner_length), other)[0]
+        found[name] = before - real_loss(learner, inner_step(theta, g, inner_length or LENGTH), other)[0]
     average(list(found.values()))
     return {name: value.item() for name, value in found.items()}
 
@@ -386,8 +384,9 @@ def ask(phases, learner, critic, step):
     """(own, true and praised tokens of a step's first row; agreement of the last two), read as in the arm."""
     text, u, theta = wordings.world(phases, step), chance(phases, step), by_name(learner)
     seen = observed(phases, phases.arm, learner, text, step, u)
-    said = say_chunks(learner, theta, text[:, :-1], write_chunks(learner, theta, text[:, :-1], chunk, u))
-    told, obs = signal(by_name(critic), seen, said, phases.arm).argmax(-1).flatten(2), text[:, 1:]
+    phi, y = by_name(critic), write_chunks(learner, theta, text[:, :-1], chunk, u)
+    said = say_chunks(learner, theta, text[:, :-1], y, phi.get("gist"))
+    told, obs = signal(phi, seen, said, phases.arm).argmax(-1).flatten(2), text[:, 1:]
     own = said.logp_true.argmax(-1).flatten(1)
     return own[0].tolist(), obs[0].tolist(), told[0, 0].tolist(), (told == obs[:, None]).float().mean()
 
@@ -401,16 +400,16 @@ def check():
     refuse_if(chunk < 1 or block_size % chunk, f"chunk={chunk} must divide block_size={block_size}")
     refuse_if(chunk == 1 and {*FIRST, "same_place"} & set(names),
               f"arms={arms!r}: first, frozen_first, same_place need a chunk of 2 or more")
-    refuse_if(not 1 <= inner_steps <= 8, f"inner_steps={inner_steps} must be from 1 to 8")
-    refuse_if(min(kappa, kappa_a, inner_length) <= 0,
-              f"kappa={kappa}, kappa_a={kappa_a} and inner_length={inner_length} must be above 0")
-    refuse_if(horizon and not pretrain, f"pretrain={pretrain} must be above 0 with horizon={horizon}")
+    refuse_if(chunk == 1 and gist == "token", f"gist={gist!r}: gists are of a chunk of 2 or more")
+    refuse_if(not 1 <= inner_steps <= 64, f"inner_steps={inner_steps} must be from 1 to 64")
+    refuse_if(min(kappa, kappa_a) <= 0, f"kappa={kappa} and kappa_a={kappa_a} must be above 0")
+    refuse_if(not inner_length and not pretrain, f"pretrain={pretrain} must be above 0 with inner_length=0")
     refuse_if(outer_batch < batch_size or outer_batch % batch_size,
               f"outer_batch={outer_batch} must be a multiple of batch_size={batch_size}")
     refuse_if(dataset != wordings.NAME and {"oracle", *TABLES, "aligned"} & {val_chunks, *names},
               f"dataset={dataset!r}: arms oracle, table, mask, val_chunks='aligned' need {wordings.NAME!r}")
-    refuse_if(val_chunks == "aligned" and outer_batch != batch_size,
-              f"outer_batch={outer_batch} must be batch_size={batch_size} with val_chunks='aligned'")
+    refuse_if(val_chunks == "aligned" and outer_batch != inner_steps * batch_size,
+              f"outer_batch={outer_batch}: with val_chunks='aligned' it must be inner_steps * batch_size")
     refuse_if(val_chunks == "similar" and (block_size % PIECE or dataset == wordings.NAME),
               f"val_chunks='similar': block_size={block_size} must be a multiple of {PIECE}, of one wording")
     return names
@@ -431,8 +430,11 @@ def main():
     learner = GPT(GPTConfig(vocab, 1, n_layer, n_head, n_embd)).to(run.device, run.weight_dtype)
     scalars = dict(zip(SCALARS, map(torch.tensor, (math.log(kappa), math.log(kappa_a), nu))))
     critic = nn.ParameterDict(dict(E=torch.randn(vocab, n_embd), **scalars))
+    if gist == "token":
+        critic["gist"] = torch.randn(n_embd)
     critic, other = critic.to(run.device, run.weight_dtype), copy.deepcopy(learner)
-    adam = torch.optim.Adam([{"params": [critic["E"]]}, {"params": [critic[s] for s in SCALARS]}])
+    vectors = [p for name, p in critic.items() if name not in SCALARS]
+    adam = torch.optim.Adam([{"params": vectors}, {"params": [critic[s] for s in SCALARS]}])
     optimizers = dict(optimizer=adamw(learner, learning_rate), critic_optimizer=adam)
     of = lambda arm: {name: torch.from_numpy(a).to(critic["E"]) for name, a in TABLES[arm](corpus).items()}
     known = {arm: nn.ParameterDict(dict(critic.items(), **of(arm))) for arm in TABLES if arm in names}
@@ -441,7 +443,7 @@ def main():
     phases = Phases(run, corpus, dict(learner=learner, critic=critic, **optimizers), kept, read=learner,
                     rate=rate, judge=lambda: known.get(phases.arm, critic), examine=lambda: examine(phases),
                     ask=lambda *who: ask(phases, *who, meta_steps + phases.step))
-    phases.begin(self_phase=() if horizon else ("self_rate",))
+    phases.begin(self_phase=("self_rate",) if inner_length else ())
     if compile:
         learner.compile()
 

@@ -86,7 +86,6 @@ def attention_mask(kind, chunk, pos, earlier="text"):
     of_earlier = torch.tensor(EARLIER[earlier], dtype=torch.bool, device=kind.device)[kind]
     return (chunk == row(chunk)) & within & up_to_itself | (chunk < row(chunk)) & of_earlier
 
-
 causal = lambda L, device: torch.ones(L, L, dtype=torch.bool, device=device).tril()  # bool [L, L]
 
 
@@ -214,7 +213,8 @@ class GPT(nn.Module):
     def initialise(self):
         for name, p in self.named_parameters():
             scale = 1.0 if name == "embed.weight" else self.config.n_embd ** -0.5
-            nn.init.normal_(p, std=0.0 if name.endswith(("out.weight", "down.weight", "head.weight")) else scale)
+            last = name.endswith(("out.weight", "down.weight", "head.weight"))
+            nn.init.normal_(p, std=0.0 if last else scale)
 
     def forward(self, x, pos=None, mask=None, read=None, fused=True, cache=None, until=None):
         """Logits [B, L', V] at the positions that `read` selects, an index of the L dimension; all if None.
@@ -224,7 +224,7 @@ class GPT(nn.Module):
         cache: a dict, empty at first, that keeps keys and values: the next call sees all S tokens so far, and
         must say by pos and mask where its own stand among them (ValueError).
         until: the number of a block; in place of logits, what enters that block, normed [B, L', C], or what
-        leaves the last one if until = n_layer. No later block is computed, and the last only where it is read.
+        leaves the last one if until = n_layer. No later block is computed, the one before where it is read.
         """
         if cache and (pos is None or mask is None):
             raise ValueError("with tokens in the cache, pos and mask must be given")

@@ -211,7 +211,8 @@ def second_order(learner, critic, text, own, outer_text, average):
     moved = inner_step(theta, g, inner_length)
     lam, after = grad_and_value(lambda th: outer_loss(learner, th, outer_text))(moved)
     average(list(lam.values()))
-    dphi = mixed_product(learner, theta, phi, x, teacher, pull_back(g, lam, inner_length))
+    w, = pull_back(lambda g: inner_step(theta, g, inner_length), lam, g)
+    dphi = mixed_product(learner, theta, phi, x, teacher, w)
     with torch.no_grad():
         gain = outer_loss(learner, theta, outer_text) - after
     return dphi, gain

@@ -32,8 +32,11 @@ def test_pull_back_is_the_derivative_through_the_normalised_step():
     leaves = {n: t.clone().requires_grad_() for n, t in g.items()}
     outer = dot(lam, inner_step(some(0), leaves, 0.3))
     expected = dict(zip(g, torch.autograd.grad(outer, list(leaves.values()))))
-    w = pull_back(g, lam, 0.3)
+    w, = pull_back(lambda g: inner_step(some(0), g, 0.3), lam, g)
+    length = dot(g, g).sqrt()
+    by_hand = {n: -0.3 / length * (lam[n] - g[n] * dot(g, lam) / length ** 2) for n in g}
     assert torch.allclose(flat(w), flat(expected), atol=1e-14)
+    assert torch.allclose(flat(w), flat(by_hand), atol=1e-14)  # as the docstring of equations.py has it
     assert abs(dot(w, g)) < 1e-14  # the length of g does not matter
 
 

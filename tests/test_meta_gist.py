@@ -28,7 +28,7 @@ TOY = dict(vocab=13, n_embd=16, block_size=8, SAMPLES=2, batch_size=2, outer_bat
 @pytest.fixture(autouse=True)
 def toy_settings(monkeypatch):
     """Settings of a toy; `set_toy` may change them, and they are put back."""
-    changed = "chunk", "inner_steps", "pool_steps", "val_chunks", "grad_clip", "horizon", "pretrain"
+    changed = "chunk", "inner_steps", "pool_steps", "val_chunks", "grad_clip"
     for name in (*TOY, *changed):
         monkeypatch.setattr(mg, name, TOY.get(name, getattr(mg, name)))
 
@@ -91,16 +91,32 @@ def toy_phases(learner, critic, **parts):
 
 # ---- second order
 
-def said_plainly(learner, th, text, y):
+def said_plainly(learner, th, text, y, gist=None):
     """What `say_chunks` gives, each chunk read in a plain sequence of its own behind the true text."""
     x, k, L = text[:, :-1], mg.chunk, learner.config.n_layer
-    run = lambda s: functional_call(learner, th, (s,), dict(until=L, fused=False))
+    run = lambda s, **more: functional_call(learner, th, (s,), dict(until=L, fused=False, **more))
     speak = lambda h: (h @ th["head.weight"].T).log_softmax(-1)
-    true = run(x).unflatten(1, (-1, k))
-    own = [[run(torch.cat((x[:, :m * k + 1], y[:, r, m]), 1))[:, -k:] for m in range(x.size(1) // k)]
-           for r in range(y.size(1))]
-    own = torch.stack([torch.stack(chunks, 1) for chunks in own], 1)
-    return Said(speak(own), speak(true), own, true)
+    true, n = run(x), x.size(1) // k
+    by_chunk = lambda last: torch.stack([torch.stack([last(r, m) for m in range(n)], 1)
+                                         for r in range(y.size(1))], 1)
+    own = by_chunk(lambda r, m: run(torch.cat((x[:, :m * k + 1], y[:, r, m]), 1))[:, -k:])
+    gists, true_gists = own, true
+
+    def marked(prefix, words):  # a GIST token behind each word; text does not see them
+        at = prefix.size(1) + torch.arange(words.size(1))
+        pos = torch.cat((torch.arange(prefix.size(1)), at.repeat_interleave(2)))
+        is_gist = torch.cat((torch.zeros(prefix.size(1)), torch.tensor([0, 1]).repeat(words.size(1)))).bool()
+        mask = torch.ones(len(pos), len(pos)).tril().bool() & (is_gist[:, None] | ~is_gist)
+        E = th["embed.weight"]
+        both = torch.stack((E[words], gist.expand(*words.shape, -1)), 2).flatten(1, 2)
+        return run(torch.cat((E[prefix], both), 1), pos=pos, mask=mask)[:, is_gist]
+    if gist is not None:
+        true_gists = torch.cat([marked(x[:, :0], x[:, :1]), *(
+            marked(x[:, :m * k + 1], x[:, m * k + 1:(m + 1) * k + 1]) for m in range(n))], 1)
+        gists = by_chunk(lambda r, m: torch.cat((true_gists[:, m * k:m * k + 1],
+                                                 marked(x[:, :m * k + 1], y[:, r, m])), 1))
+    places = lambda h: h.unflatten(1, (-1, k))
+    return Said(speak(own), speak(places(true)), gists, places(true_gists))
 
 
 def signal_plainly(phi, obs, said):
@@ -145,7 +161,15 @@ def test_the_meta_gradient_is_that_of_the_whole_unroll_and_of_finite_differences
     assert (after[0] - after[1]) / 2e-4 == pytest.approx(dot(dphi, v).item(), rel=1e-5)
 
 
-RANKED = ((1, 1), (1, 3), (4, 2))  # chunk, inner steps
+RANKED = ((1, 1), (1, 3), (4, 2), (4, -2))  # chunk, inner steps, below zero own ones
+
+
+def of_moments(steps):
+    """(moments, count) where steps are own ones, and then they are."""
+    if steps > 0:
+        return ()
+    set_toy(inner_length=0)
+    return tuple({n: torch.full_like(p, 1e-4) for n, p in toy()[1].items()} for _ in range(2)), 5
 
 
 def one_of_two_ranks(rank, folder):
@@ -159,9 +183,9 @@ def one_of_two_ranks(rank, folder):
     rows, found = slice(2 * rank, 2 * rank + 2), []
     for chunk, steps in RANKED:
         set_toy(**TOY, chunk=chunk)
-        texts, chances, outer = what_is_read(steps, rows=4)
+        texts, chances, outer = what_is_read(abs(steps), rows=4)
         mine = [t[rows] for t in texts], [u[rows] for u in chances], outer[rows]
-        exact, naive = (mg.meta_step(*toy(), *mine, how)[0] for how in (average, alone))
+        exact, naive = (mg.meta_step(*toy(), *mine, how, *of_moments(steps))[0] for how in (average, alone))
         average(list(naive.values()))
         found.append((exact, naive))
     if rank == 0:
@@ -173,8 +197,8 @@ def one_of_two_ranks(rank, folder):
 def test_two_ranks_find_the_second_order_of_one_and_the_mean_of_their_own_would_not(tmp_path):
     mp.spawn(one_of_two_ranks, (tmp_path,), nprocs=2)
     for (chunk, steps), (exact, naive) in zip(RANKED, torch.load(tmp_path / "found.pt"), strict=True):
-        set_toy(chunk=chunk)
-        whole = mg.meta_step(*toy(), *what_is_read(steps, rows=4), alone)[0]
+        set_toy(**TOY, chunk=chunk)
+        whole = mg.meta_step(*toy(), *what_is_read(abs(steps), rows=4), alone, *of_moments(steps))[0]
         assert apart(exact, whole) < 1e-10
         assert apart(naive, whole) > 0.01
 
@@ -205,14 +229,14 @@ def test_forward_mode_keeps_its_digits_in_bfloat16(monkeypatch, chunk):
     assert 0 < apart(rough, exact) < (0.05 if chunk == 1 else 0.1)  # a match sharpens the digits of gists
 
 
-# ---- forward mode
+# ---- own steps
 
 def run_on(learner, theta, moments, phi, texts, ys, outer):
     """O(θ_H) after own steps with AdamW written out (arXiv 1711.05101), as a function of φ."""
     (m, v), loss = moments, None
     for k, (text, y) in enumerate(zip(texts, ys), 6):
         moves = {n: p.clone().requires_grad_() for n, p in theta.items()}
-        a = signal_plainly(phi, text[:, 1:], said_plainly(learner, theta, text, y))
+        a = signal_plainly(phi, text[:, 1:], said_plainly(learner, theta, text, y, phi.get("gist")))
         loss = -(a * said_plainly(learner, moves, text, y).logp).sum(-1).mean()
         g = dict(zip(moves, torch.autograd.grad(loss, list(moves.values()))))
         size = sum(p.square().sum() for p in g.values()).sqrt()
@@ -226,31 +250,25 @@ def run_on(learner, theta, moments, phi, texts, ys, outer):
     return F.cross_entropy(logits.flatten(0, 1), outer[:, 1:].flatten())
 
 
-@pytest.mark.parametrize("steps", [1, 8, 64])
-def test_forward_mode_is_the_derivative_of_the_whole_run(monkeypatch, steps):
-    set_toy(chunk=4, grad_clip=0.05, horizon=steps, pretrain=5)
+@pytest.mark.parametrize("steps, marked", [(1, True), (8, True), (64, False)])
+def test_through_own_steps_the_meta_gradient_is_that_of_the_whole_run(monkeypatch, steps, marked):
+    """By finite differences, through AdamW and its clipping, of all of φ."""
+    set_toy(chunk=4, grad_clip=0.05, inner_length=0)
     learner, theta, phi = toy()
+    phi |= dict(gist=torch.randn(16).double()) if marked else {}
     texts, chances, outer = what_is_read(steps)
-    ys = torch.randint(0, 13, (steps, 2, mg.SAMPLES, 2, 3), generator=torch.Generator().manual_seed(0))
     moments = tuple({n: 1e-4 * torch.rand_like(p) for n, p in theta.items()} for _ in range(2))
-    words, learner = iter(ys), copy.deepcopy(learner)
-    for n, p in learner.named_parameters():
-        p.data = theta[n]
-    state = {p: dict(exp_avg=moments[0][n], exp_avg_sq=moments[1][n]) for n, p in learner.named_parameters()}
-    phases = SimpleNamespace(
-        parts=dict(learner=learner, optimizer=SimpleNamespace(state=state)),
-        run=SimpleNamespace(average=alone),
-        text=lambda step, stream, rows=None, split="train":
-            outer if stream == mg.JUDGE else dict(train_other=texts)[split][step])  # what arms observe
-    monkeypatch.setattr(mg, "write_chunks", lambda *a: next(words))
-    monkeypatch.setattr(mg, "chance", lambda phases, step, stream: chances[step])
+    ys = keep_words(monkeypatch)  # drawn once: where words jump there is no derivative
     monkeypatch.setattr(mg, "rate", lambda arm, step: 0.01)
-    found = mg.far_derivative(phases, 0, phi)
-    after = lambda changed: run_on(learner, theta, moments, changed, texts, ys, outer)
-    for s in mg.SCALARS:
-        up, down = ({**phi, s: phi[s] + e} for e in (1e-5, -1e-5))
+    found, judged, _ = mg.meta_step(learner, theta, phi, texts, chances, outer, alone, moments, 5)
+    after = lambda changed: run_on(learner, theta, moments, changed, texts, ys, outer).item()
+    assert judged.item() == pytest.approx(after(phi), rel=1e-9)
+    torch.manual_seed(1)
+    for n in phi:
+        way = torch.randn_like(phi[n])
+        up, down = ({**phi, n: phi[n] + e * way} for e in (1e-5, -1e-5))
         differs = (after(up) - after(down)) / 2e-5
-        assert abs(found[s] - differs) < 1e-5 * max(1e-2, abs(differs)), (s, found[s], differs)
+        assert abs((found[n] * way).sum() - differs) < 1e-5 * max(1e-2, abs(differs)), (n, differs)
 
 
 def test_own_steps_are_those_of_the_optimizer():
@@ -410,7 +428,7 @@ def weights(folder):
     return {f"{part}.{n}": t for part in ("learner", "critic") for n, t in state[part].items()}
 
 
-@pytest.mark.parametrize("form", ["--chunk=4 --val_chunks=similar", "--chunk=4 --horizon=2"])
+@pytest.mark.parametrize("form", ["--chunk=4 --val_chunks=similar", "--chunk=4 --inner_length=0 --gist=token"])
 def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_path, monkeypatch, form):
     settings = [*SMALL, *form.split(), "--arms=real,ema,shuffled", "--dtype=float64"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -423,7 +441,7 @@ def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_
     in_process(monkeypatch, SCRIPT, *resumed)
     assert log(broken) == log(whole) and len(log(broken)) == 5 + 3 * 3
     learned = [len({row[s] for row in log(whole)}) > 1 for s in ("kappa", "kappa_a", "nu")]
-    assert learned == [True, "horizon" in form, "horizon" in form]  # one step on would spoil the match
+    assert learned == [True, "token" in form, "token" in form]  # one normalised step would spoil the match
     found, expected = ({k: v for k, v in summary(f).items() if k != "config"} for f in (broken, whole))
     assert found == expected
     assert (broken / "samples.txt").read_text() == (whole / "samples.txt").read_text()
@@ -433,7 +451,7 @@ def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_
 
 def test_two_ranks_compute_what_one_does(tmp_path, monkeypatch):
     settings = [*SMALL, "--chunk=4", "--arms=frozen,ema,sharpen,first", "--dtype=float64", "--inner_steps=2",
-                "--val_chunks=similar", "--horizon=2"]
+                "--val_chunks=similar", "--inner_length=0", "--gist=token"]
     one, two = tmp_path / "1", tmp_path / "2"
     in_process(monkeypatch, SCRIPT, *settings, f"--out_dir={one}")
     finish(SCRIPT, *settings, f"--out_dir={two}", ranks=2)
@@ -480,13 +498,13 @@ def test_every_arm_starts_from_the_same_snapshot_and_leaves_what_it_should(tmp_p
     ("--arms=same_place", "first, frozen_first, same_place need a chunk of 2 or more"),
     ("--arms=oracle", "arms oracle, table, mask, val_chunks='aligned' need 'kjv-asv'"),
     ("--val_chunks=aligned", "dataset='plays': arms oracle, table, mask, val_chunks='aligned' need"),
-    ("--dataset=kjv-asv --val_chunks=aligned", "outer_batch=64 must be batch_size=16 with val_chunks="),
-    ("--kappa_a=0 --chunk=4", "kappa_a=0.0 and inner_length=0.05 must be above 0"),
-    ("--horizon=2 --pretrain=0", "pretrain=0 must be above 0 with horizon=2"),
-    ("--inner_steps=9", "inner_steps=9 must be from 1 to 8"),
-    ("--inner_steps=0", "inner_steps=0 must be from 1 to 8"),
-    ("--kappa=0", "kappa=0.0, kappa_a=20.0 and inner_length=0.05 must be above 0"),
-    ("--inner_length=0", "inner_length=0.0 must be above 0"),
+    ("--dataset=kjv-asv --val_chunks=aligned", "outer_batch=64: with val_chunks='aligned' it must be inner_steps * batch_size"),
+    ("--kappa_a=0 --chunk=4", "kappa_a=0.0 must be above 0"),
+    ("--inner_length=0 --pretrain=0", "pretrain=0 must be above 0 with inner_length=0"),
+    ("--gist=token", "gist='token': gists are of a chunk of 2 or more"),
+    ("--inner_steps=65", "inner_steps=65 must be from 1 to 64"),
+    ("--inner_steps=0", "inner_steps=0 must be from 1 to 64"),
+    ("--kappa=0", "kappa=0.0 and kappa_a=20.0 must be above 0"),
     ("--outer_batch=8", "outer_batch=8 must be a multiple of batch_size=16"),
     ("--outer_batch=40", "outer_batch=40 must be a multiple of batch_size=16"),
     ("--val_chunks=similar --block_size=24", "block_size=24 must be a multiple of 16"),
