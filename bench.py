@@ -4,10 +4,10 @@ How long the steps of each stage take, side by side in one run, beside the stage
     python bench.py                 # about three minutes on two cores
     python bench.py 3 --quick       # one stage alone, in fewer rounds
 
-The real step is cross entropy on text: forward, backward, clip, AdamW. Beside stage 1's stands one of the
-same sizes built of torch.nn.TransformerEncoder, so that the numbers of another machine can be read. The meta
-steps of stage 3 are ratios to their first-order parts, the gradients of the inner steps and of the outer
-loss, in time and, where Linux counts it, in peak memory.
+The real step is cross entropy on text: forward, backward, clip, AdamW. At five sizes it stands beside one of
+GPT-2's form built of torch.nn, so that the numbers of another machine can be read. The meta steps of stage 3
+are ratios to the same derivative by autograd through the whole unroll, in time and, where Linux counts it,
+in peak memory.
 """
 import multiprocessing
 import re
@@ -24,12 +24,13 @@ import gist_bottleneck as gb
 import meta_gist as mg
 import self_ce
 from configurator import refuse
-from equations import by_name
-from gists import Space, layout
+from equations import by_name, gradient, inner_step, leaves
+from gists import Space, layout, say_chunks
 from model import GPT, GPTConfig, adamw
 from phases import Phases
-from watch import Watch
 
+SIZES = ((512, 2, 128, 64, 4, 8), (256, 3, 96, 128, 4, 8), (512, 2, 64, 32, 4, 16), (512, 4, 256, 256, 4, 4),
+         (8192, 6, 384, 256, 6, 2))  # V, L, C, T, H, B
 STATUS = Path("/proc/self/status")  # Linux alone has it
 
 
@@ -43,20 +44,25 @@ class Alone:
         self.settings = {k: getattr(script, k) for k in ("seed", "batch_size", "grad_clip")}
 
 
-class Library(nn.Module):
-    """A GPT of stage 1's sizes T, V, C from torch.nn: learned positions, LayerNorm, gelu."""
-    def __init__(self, T, V, C):
+class Baseline(nn.Module):
+    """GPT-2's form of sizes V, L, C, T, H from torch.nn, as nanoGPT has it: learned positions, LayerNorm,
+    GELU, and the embedding for a head."""
+    def __init__(self, V, L, C, T, H):
         super().__init__()
-        layer = nn.TransformerEncoderLayer(C, self_ce.n_head, 4 * C, 0.0, "gelu", batch_first=True,
-                                           norm_first=True, bias=False)
-        self.token, self.place = nn.Embedding(V, C), nn.Embedding(T, C)
-        self.blocks = nn.TransformerEncoder(layer, self_ce.n_layer, enable_nested_tensor=False)
-        self.head = nn.Linear(C, V, bias=False)
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(T))
+        linear, norm = lambda m, n: nn.Linear(m, n, bias=False), lambda: nn.LayerNorm(C, bias=False)
+        self.token, self.place, self.norm, self.heads = nn.Embedding(V, C), nn.Embedding(T, C), norm(), H
+        self.blocks = nn.ModuleList(nn.ModuleDict(dict(
+            norm_1=norm(), qkv=linear(C, 3 * C), out=linear(C, C), norm_2=norm(), up=linear(C, 4 * C),
+            down=linear(4 * C, C))) for _ in range(L))
 
     def forward(self, x):
         x = self.token(x) + self.place.weight
-        return self.head(self.blocks(x, mask=self.mask, is_causal=True))
+        for block in self.blocks:
+            qkv = block["qkv"](block["norm_1"](x)).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2)
+            y = F.scaled_dot_product_attention(*qkv.chunk(3, 1), is_causal=True)
+            x = x + block["out"](y.transpose(1, 2).flatten(2))
+            x = x + block["down"](F.gelu(block["up"](block["norm_2"](x))))
+        return self.norm(x) @ self.token.weight.T
 
 
 def learner_of(script, n_special=1):
@@ -65,26 +71,29 @@ def learner_of(script, n_special=1):
     return model, adamw(model, 1e-4)
 
 
-def text_of(script, rows=None):
-    """Random tokens, int [rows, T + 1]."""
-    return torch.randint(script.vocab, (rows or script.batch_size, script.block_size + 1))
+text_of = lambda s, rows=None: torch.randint(s.vocab, (rows or s.batch_size, s.block_size + 1))  # random tokens
+
+
+def plain(model, optimizer, text):
+    """A training step: forward, backward, clip, AdamW."""
+    logits = model(text[:, :-1])
+    F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()).backward()
+    Alone(self_ce).take_step(model, optimizer)
+
+
+def sizes(V, L, C, T, H, B):
+    """{name: step}: the baseline's plain step, and ours at the same sizes."""
+    text, theirs, ours = torch.randint(V, (B, T + 1)), Baseline(V, L, C, T, H), GPT(GPTConfig(V, 1, L, H, C))
+    optimizer, mine = torch.optim.AdamW(theirs.parameters(), 1e-4, fused=True), adamw(ours, 1e-4)
+    return {"the baseline": lambda: plain(theirs, optimizer, text), "ours": lambda: plain(ours, mine, text)}
 
 
 def stage_1():
     """{name: step}, the plain step first."""
     text, phases, (learner, optimizer) = text_of(self_ce), Alone(self_ce), learner_of(self_ce)
-    critic, library = GPT(learner.config), Library(self_ce.block_size, self_ce.vocab, self_ce.n_embd)
-    other = torch.optim.AdamW(library.parameters(), 1e-4, fused=True)
-    watch, values = Watch(), np.random.default_rng(0).random((500, 3))
-    watch.calibrate(values, text[:, 1:].numel(), 0.9, 256)
+    critic = GPT(learner.config)
 
-    def plain(model, optimizer, **options):
-        logits = model(text[:, :-1], **options)
-        F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()).backward()
-        phases.take_step(model, optimizer)
-
-    def meta(adversary=None, second=False):
-        vars(self_ce).update(adversarial=0.3 if adversary else 0.0, adversary=adversary or "random")
+    def meta(second=False):
         loss, own = self_ce.meta_loss(phases, learner, text, 0, {})
         loss.backward()
         if second:
@@ -93,28 +102,12 @@ def stage_1():
                 p.grad += dphi[name]
         phases.take_step(learner, optimizer)
 
-    def self_step(arm, keep_meta=0.0):
-        loss = self_ce.self_loss(arm, learner, critic, text, text[:, 1:], {})
-        if keep_meta:
-            loss = loss + keep_meta * self_ce.practice(phases, learner, 0)
-        loss.backward()
+    def frozen():
+        self_ce.self_loss("frozen", learner, critic, text, text[:, 1:], {}).backward()
         phases.take_step(learner, optimizer)
 
-    @torch.no_grad()
-    def watching():
-        """The watch's share of ten steps: ten values of each stream, and one reading of the probe."""
-        self_ce.critic_logits(critic, text[:4, 1:], text[:4, 1:]).argmax(-1)
-        watch.update(10, torch.from_numpy(values[:10]), 0.9)
-
-    return {"plain step": lambda: plain(learner, optimizer),
-            "plain step, explicit attention": lambda: plain(learner, optimizer, fused=False),
-            "torch.nn.TransformerEncoder": lambda: plain(library, other),
-            "meta step": meta, "meta step, order=2": lambda: meta(second=True),
-            "meta step, adversary random": lambda: meta("random"),
-            "meta step, adversary flips": lambda: meta("flips"),
-            "self step, real": lambda: self_step("real"), "self step, frozen": lambda: self_step("frozen"),
-            "self step, keep_meta": lambda: self_step("self", 0.1),
-            "the watch, each ten steps": watching}
+    return {"plain step": lambda: plain(learner, optimizer, text), "self step, frozen": frozen,
+            "meta step": meta, "meta step, order=2": lambda: meta(second=True)}
 
 
 def stage_2():
@@ -129,11 +122,9 @@ def stage_2():
         loss.backward()
         phases.take_step(learner, optimizer)
 
-    def frozen(space):
-        step(gb.self_loss(phases, "frozen", learner, critic, space, lay, text, 0, {}))
-
+    of = lambda space: gb.self_loss(phases, "frozen", learner, critic, space, lay, text, 0, {})
     return {"self step, real": lambda: step(gb.real_loss(learner, lay, text, "gist", {})),
-            "self step, frozen": lambda: frozen(gist), "self step, random": lambda: frozen(random)}
+            "self step, frozen": lambda: step(of(gist)), "self step, random": lambda: step(of(random))}
 
 
 def critic_3():
@@ -154,9 +145,8 @@ def stage_3():
 
 
 def meta_parts(steps, rows):
-    """{name: call}: the gradients of `steps` inner steps and the outer one, and a whole meta step of stage 3.
-
-    rows: texts of an inner step; four times as many judge.
+    """{name: call}: a meta step of stage 3 with every graph kept, and as it is. rows: texts of an inner step;
+    four times as many judge.
     """
     mg.chunk = 1
     (learner, _), critic = learner_of(mg), critic_3()
@@ -164,12 +154,18 @@ def meta_parts(steps, rows):
     texts, outer = [text_of(mg, rows) for _ in range(steps)], text_of(mg, 4 * rows)
     chances = [torch.rand(rows, 1, mg.block_size) for _ in texts]
 
-    def first_order():
-        for text, u in zip(texts, chances):
-            mg.inner_gradient(learner, theta, phi, text, text[:, 1:], u, average)
-        mg.real_gradient(learner, theta, outer)
+    def kept():
+        """The same derivative by autograd through the whole unroll, every graph kept, as torchopt has it."""
+        known, moved = leaves(phi), leaves(theta)
+        for text in texts:
+            said = say_chunks(learner, moved, text[:, :-1], y, fused=False)
+            a = mg.signal(known, text[:, 1:], said)
+            g = gradient(said.logp, moved, -a * mg.vocab / a.numel(), graph=True)
+            moved = inner_step(moved, g, mg.inner_length)
+        gradient(mg.real_loss(learner, moved, outer)[0], known)
+    y = torch.zeros(rows, 1, mg.block_size, 0, dtype=torch.long)
 
-    return {"first order": first_order,
+    return {"graphs kept": kept,
             "meta step": lambda: mg.meta_step(learner, theta, phi, texts, chances, outer, average)}
 
 
@@ -207,7 +203,7 @@ def peak(steps, name, answer):
 
 
 def memory(counts):
-    """Prints the peak memory of meta steps of 64 texts beside that of their first-order parts."""
+    """Prints the peak memory of meta steps of 64 texts beside that with every graph kept."""
     if not STATUS.exists():
         return print("peak memory is counted on Linux alone")
     processes = multiprocessing.get_context("spawn")
@@ -220,7 +216,7 @@ def memory(counts):
             found[name] = answer.get(timeout=300)
             process.join()
             print(f"  {f'{name}, {steps} steps: peak':<32} {found[name]:7.0f} MB "
-                  f"{found[name] / found['first order']:7.2f} x", flush=True)
+                  f"{found[name] / found['graphs kept']:7.2f} x", flush=True)
 
 
 def main():
@@ -232,17 +228,19 @@ def main():
     stages, rounds = words - {"--quick"} or {"1", "2", "3"}, 3 if "--quick" in words else 7
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of {rounds} rounds")
-    sizes = lambda script: (f"{script.__name__}.py: {script.batch_size} x {script.block_size} tokens, "
+    title = lambda script: (f"{script.__name__}.py: {script.batch_size} x {script.block_size} tokens, "
                             f"{script.vocab} ids, width {script.n_embd}")
     if "1" in stages:
-        measure(sizes(self_ce), stage_1(), self_ce.batch_size * self_ce.block_size, rounds)
+        for V, L, C, T, H, B in SIZES:
+            measure(f"{B} x {T} tokens, {V} ids, {L} blocks of {C}", sizes(V, L, C, T, H, B), B * T, rounds)
+        measure(title(self_ce), stage_1(), self_ce.batch_size * self_ce.block_size, rounds)
     if "2" in stages:
-        measure(sizes(gb), stage_2(), gb.batch_size * gb.block_size, rounds)
+        measure(title(gb), stage_2(), gb.batch_size * gb.block_size, rounds)
     if "3" in stages:
         tokens = mg.batch_size * mg.block_size
-        measure(sizes(mg), stage_3(), tokens, rounds)
+        measure(title(mg), stage_3(), tokens, rounds)
         for steps in (1, 4, 8):
-            measure(f"{sizes(mg)}, {steps} steps", meta_parts(steps, mg.batch_size), steps * tokens, rounds)
+            measure(f"{title(mg)}, {steps} steps", meta_parts(steps, mg.batch_size), steps * tokens, rounds)
         memory((1, 4, 8))
 
 

@@ -76,7 +76,7 @@ SHARP = "--kappa=7 --kappa_a=20 --nu=0.8"
 BROAD = "--kappa=3 --kappa_a=5 --nu=0.5 --arms=real,frozen"
 PLACES = "--arms=real,first,frozen,frozen_first,same_place"
 FROM_HAND = "--start={out}/study-3-shift/by-hand/{seed} " + PLACES
-LEARNED_SCALARS = "--critic_rate=0 --scalar_rate=0.3 --outer_batch=256"
+OWN_STEPS = "--inner_length=0 --inner_steps=15 --scalar_rate=0.3 --outer_batch=256"  # 15 of AdamW's judge all of φ
 
 WORDS = ("--dataset=kjv-asv --vocab=1024 --n_layer=1 --learning_rate=3e-3 --pretrain=1000 --self_steps=600 "
          "--eval_interval=50 --eval_windows=512 --save_interval=1000")
@@ -213,11 +213,12 @@ STUDIES = {
         # `first` has an eighth of the targets: each is to be compared at its best rate
         "rate-.3": f"{SHIFT} {SHARP} {FROM_HAND} --self_rate=0.3",
         "rate-.1": f"{SHIFT} {SHARP} {FROM_HAND} --self_rate=0.1",
-        # E random; the scalars left broad, κ judged by an inner step, all by 1 and by 15 own steps
+        # E and GIST token random, scalars broad: left so, and judged by one own step, and by 15
         "broad": f"{SHIFT} {BROAD}",
-        "inner-step": f"{SHIFT} {BROAD} {LEARNED_SCALARS} --meta_steps=180",
-        "horizon-1": f"{SHIFT} {BROAD} {LEARNED_SCALARS} --meta_steps=180 --horizon=1",
-        "horizon-15": f"{SHIFT} {BROAD},shuffled {LEARNED_SCALARS} --meta_steps=162 --horizon=15",
+        "own-1": f"{SHIFT} {BROAD} {OWN_STEPS} --inner_steps=1 --meta_steps=190",
+        "own-15": f"{SHIFT} {BROAD},shuffled {OWN_STEPS} --meta_steps=190",
+        "token-by-hand": f"{SHIFT} {SHARP} --arms=real,frozen --gist=token",
+        "token": f"{SHIFT} {BROAD},shuffled {OWN_STEPS} --meta_steps=190 --gist=token",
         "long": f"{SHIFT} {SHARP} --arms=real,frozen --self_steps=800",
     }, FIVE),
     # The same on the plays, at the best of three rates for each arm.
@@ -227,16 +228,14 @@ STUDIES = {
         **{f"{name}-{k}-rate-{rate}": f"--chunk={k} --vocab={vocab} --meta_steps=400 {SHARP} {PLACES} "
                                       f"--self_rate={rate} --start={{out}}/study-3-chunks/{name}-{k}/{{seed}}"
            for name, vocab in SIZES.items() for k in (4, 8) for rate in (0.3, 0.1)},
+        # from a broad start, judged by 15 own steps, or 60
+        **{f"{name}-{k}-own-{n}": f"--chunk={k} --vocab={vocab} {BROAD.replace('real,', 'real,first,')} "
+                                  f"{OWN_STEPS} --inner_steps={n} --meta_steps=440 --self_rate={rate}"
+           for k, rate in ((4, 1), (8, 0.3)) for name, vocab in SIZES.items() for n in (15, 60)},
         # a match that asks for more
         **{f"{name}-4-nu-.95": f"--chunk=4 --vocab={vocab} --meta_steps=400 --kappa=7 --nu=0.95 "
                                "--arms=real,first,frozen" for name, vocab in SIZES.items()},
     }, FIVE),
-    # From a broad start, judged by 60 own steps: the plays.
-    "3-horizon": ("meta_gist.py", {
-        f"{name}-{k}": f"--chunk={k} --vocab={vocab} --meta_steps=412 {BROAD.replace('real,', 'real,first,')} "
-                       f"{LEARNED_SCALARS} --horizon=60 --self_rate={rate}"
-        for k, rate in ((4, 1), (8, 0.3)) for name, vocab in SIZES.items()
-    }, THREE),
     # Which objective knows what a critic will recover?
     "3-ranks": ("meta_gist.py", {
         f"{name}-{i}": f"{model} --kappa={kappa} --kappa_a={kappa_a} --nu={nu} {RANKS}"
