@@ -52,12 +52,16 @@ LITTLE_PLAYS = ("--n_layer=2 --n_embd=64 --block_size=32 --controls= --batch_siz
                 "--every=1 --self_learning_rate=1e-3 --eval_interval=20 --eval_windows=256 "
                 "--arms=real,frozen,forecast,random")
 
-WORDS_2 = ("--dataset=kjv-asv --vocab=1024 --n_layer=2 --n_embd=64 --block_size=32 --controls= --batch_size=16 "
-           "--learning_rate=3e-3 --eval_interval=50 --eval_windows=512")
+WORDS_2 = ("--dataset=kjv-asv --vocab=1024 --n_layer=2 --n_embd=64 --block_size=32 --controls= "
+           "--batch_size=16 --learning_rate=3e-3 --eval_interval=50 --eval_windows=512")
 
 # ---- stage 3
-SMALL = ("--n_head=2 --block_size=16 --learning_rate=3e-3 --warmup=10 --self_steps=300 --eval_interval=30 "
-         "--eval_windows=256 --train_tokens=40000")
+# one step of a set length judges, and the form of the settings that were defaults then
+ONE_STEP = "--inner_steps=1 --inner_length=0.05 --scalar_rate=0.03 --outer_batch=64"
+DENSE = f"--chunk=1 --kappa=1 --meta_steps=600 {ONE_STEP}"
+MATCHED = f"{ONE_STEP} --kappa=1 --kappa_a=20 --nu=0.95 --meta_steps=600"
+SMALL = (f"{DENSE} --n_head=2 --block_size=16 --learning_rate=3e-3 --warmup=10 --self_steps=300 "
+         "--eval_interval=30 --eval_windows=256 --train_tokens=40000")
 SYNONYMS = (f"{SMALL} --dataset=planted-synonyms --vocab=256 --n_layer=1 --batch_size=64 --outer_batch=256 "
             "--pretrain=30 --critic_rate=0.2")
 SPELLINGS = (f"{SMALL} {SPELLED} --n_layer=2 --batch_size=256 --outer_batch=512 --pretrain=50 "
@@ -65,21 +69,21 @@ SPELLINGS = (f"{SMALL} {SPELLED} --n_layer=2 --batch_size=256 --outer_batch=512 
 LEARNED, BY_HAND = "--meta_steps=430", "--meta_steps=30 --kappa=7"
 SPELLINGS_LEARNED, SPELLINGS_BY_HAND = "--meta_steps=1550", "--meta_steps=50 --kappa=7"
 TWO = "--arms=real,frozen"
-CHUNKS = "--chunk=4 --arms=real,first,frozen"
-OWN = "--chunk=4 --arms=real,first,frozen,frozen_first"
-FACTS = ("--dataset=planted-facts --train_tokens=40000 --pretrain=100 --learning_rate=3e-3 --self_steps=1200 "
-         "--eval_interval=100 --arms=real,frozen")
-SHIFT = ("--dataset=planted-shift --vocab=68 --chunk=8 --n_layer=1 --n_head=2 --n_embd=64 --pretrain=150 "
-         "--meta_steps=150 --self_steps=200 --learning_rate=3e-3")
+CHUNKS = f"{MATCHED} --chunk=4 --arms=real,first,frozen"
+OWN = "--chunk=4 --kappa_a=20 --nu=0.95 --arms=real,first,frozen,frozen_first"
+FACTS = (f"{DENSE} --dataset=planted-facts --train_tokens=40000 --pretrain=100 --learning_rate=3e-3 "
+         "--self_steps=1200 --eval_interval=100 --arms=real,frozen")
+SHIFT = (f"{ONE_STEP} --dataset=planted-shift --vocab=68 --chunk=8 --n_layer=1 --n_head=2 --n_embd=64 "
+         "--pretrain=150 --meta_steps=150 --self_steps=200 --learning_rate=3e-3")
 
 SHARP = "--kappa=7 --kappa_a=20 --nu=0.8"
 BROAD = "--kappa=3 --kappa_a=5 --nu=0.5 --arms=real,frozen"
 PLACES = "--arms=real,first,frozen,frozen_first,same_place"
 FROM_HAND = "--start={out}/study-3-shift/by-hand/{seed} " + PLACES
-OWN_STEPS = "--inner_length=0 --inner_steps=15 --scalar_rate=0.3 --outer_batch=256"  # 15 of AdamW's judge all of φ
+OWN_STEPS = "--inner_length=0 --inner_steps=15 --scalar_rate=0.3 --outer_batch=256"  # AdamW's, as today
 
-WORDS = ("--dataset=kjv-asv --vocab=1024 --n_layer=1 --learning_rate=3e-3 --pretrain=1000 --self_steps=600 "
-         "--eval_interval=50 --eval_windows=512 --save_interval=1000")
+WORDS = (f"{DENSE} --dataset=kjv-asv --vocab=1024 --n_layer=1 --learning_rate=3e-3 --pretrain=1000 "
+         "--self_steps=600 --eval_interval=50 --eval_windows=512 --save_interval=1000")
 ALIGNED = f"{WORDS} --val_chunks=aligned --outer_batch=16 --kappa=7"
 WORDS_ARMS = "--arms=real,oracle,frozen,shuffled"
 # κ, κ_a, ν of a dozen critics, E random: does what a critic gains in H steps tell what it recovers in 500?
@@ -87,7 +91,7 @@ CRITICS = ((7, 20, 0.8), (3, 5, 0.5), (2, 30, 0.9), (12, 3, 0), (5, 10, 0.2), (2
            (10, 40, 0.95), (7, 6, 0), (15, 8, 0.8), (3, 15, 0.7), (8, 3, 0.5))
 RANKS = "--arms=frozen --self_steps=500 --eval_interval=1 --eval_windows=256 --save_interval=1000"
 SHIFT_MODEL, SHIFT_STEPS = SHIFT.replace("--self_steps=200 ", ""), "--eval_interval=100 --save_interval=2000"
-SIZES = {"bytes": 256, "bpe": 512}  # of the plays
+SIZES, PLAYS = {"bytes": 256, "bpe": 512}, f"{ONE_STEP} --meta_steps=400"  # the plays in chunks
 
 FIVE = (1, 2, 3, 4, 5)
 THREE = (1, 2, 3)
@@ -180,7 +184,10 @@ STUDIES = {
     }, FIVE),
     # Second order: a critic that starts broad and random, and the same left so, or sharpened by hand.
     "3": ("meta_gist.py", {
-        "base": "",
+        "base": "",  # chunks, judged by 15 own steps
+        "token": "--gist=token",
+        "dense-own": "--chunk=1 --arms=real,frozen,self,ema,shuffled,sharpen",
+        "dense": f"{DENSE} --arms=real,frozen,self,ema,shuffled,sharpen",
         "synonyms": f"{SYNONYMS} {LEARNED} --arms=real,frozen,self,ema,shuffled",
         "synonyms-by-hand": f"{SYNONYMS} {BY_HAND} {TWO}",
         "chunk-4": CHUNKS,
@@ -191,11 +198,11 @@ STUDIES = {
         "spellings-by-hand": f"{SPELLINGS} {SPELLINGS_BY_HAND} {TWO}",
         "spellings-20000": f"{SPELLINGS} {SPELLINGS_LEARNED} {TWO} --train_tokens=20000",
         "spellings-20000-by-hand": f"{SPELLINGS} {SPELLINGS_BY_HAND} {TWO} --train_tokens=20000",
-        "untrained": f"--meta_steps=400 {TWO}",
-        "by-hand": f"--meta_steps=400 --kappa=7 {TWO}",
-        "similar": f"--val_chunks=similar {TWO}",
-        "steps-2": f"--inner_steps=2 {TWO}",
-        "steps-4": f"--inner_steps=4 {TWO}",
+        "untrained": f"{DENSE} --meta_steps=400 {TWO}",
+        "by-hand": f"{DENSE} --meta_steps=400 --kappa=7 {TWO}",
+        "similar": f"{DENSE} --val_chunks=similar {TWO}",
+        "steps-2": f"{DENSE} --inner_steps=2 {TWO}",
+        "steps-4": f"{DENSE} --inner_steps=4 {TWO}",
         "chunk-4-sharp": f"{CHUNKS} --kappa=7",
         # chunks written alone, where own text may mean what the truth does in other words
         "synonyms-chunk": f"{SYNONYMS} {OWN} {LEARNED}",
@@ -205,7 +212,7 @@ STUDIES = {
     }, FIVE),
     # Other forms of chunks, one seed each.
     "3-forms": ("meta_gist.py", {
-        "chunk-8": "--chunk=8 --arms=real,first,frozen",
+        "chunk-8": f"{MATCHED} --chunk=8 --arms=real,first,frozen",
     }, (1,)),
     # Chunks aligned by gists, where two texts say the same at different places.
     "3-shift": ("meta_gist.py", {
@@ -223,9 +230,9 @@ STUDIES = {
     }, FIVE),
     # The same on the plays, at the best of three rates for each arm.
     "3-chunks": ("meta_gist.py", {
-        **{f"{name}-{k}": f"--chunk={k} --vocab={vocab} --meta_steps=400 {SHARP} {PLACES},shuffled"
+        **{f"{name}-{k}": f"{PLAYS} --chunk={k} --vocab={vocab} {SHARP} {PLACES},shuffled"
            for name, vocab in SIZES.items() for k in (4, 8)},
-        **{f"{name}-{k}-rate-{rate}": f"--chunk={k} --vocab={vocab} --meta_steps=400 {SHARP} {PLACES} "
+        **{f"{name}-{k}-rate-{rate}": f"{PLAYS} --chunk={k} --vocab={vocab} {SHARP} {PLACES} "
                                       f"--self_rate={rate} --start={{out}}/study-3-chunks/{name}-{k}/{{seed}}"
            for name, vocab in SIZES.items() for k in (4, 8) for rate in (0.3, 0.1)},
         # from a broad start, judged by 15 own steps, or 60
@@ -233,13 +240,13 @@ STUDIES = {
                                   f"{OWN_STEPS} --inner_steps={n} --meta_steps=440 --self_rate={rate}"
            for k, rate in ((4, 1), (8, 0.3)) for name, vocab in SIZES.items() for n in (15, 60)},
         # a match that asks for more
-        **{f"{name}-4-nu-.95": f"--chunk=4 --vocab={vocab} --meta_steps=400 --kappa=7 --nu=0.95 "
+        **{f"{name}-4-nu-.95": f"{PLAYS} --chunk=4 --vocab={vocab} --kappa=7 --kappa_a=20 --nu=0.95 "
                                "--arms=real,first,frozen" for name, vocab in SIZES.items()},
     }, FIVE),
     # Which objective knows what a critic will recover?
     "3-ranks": ("meta_gist.py", {
         f"{name}-{i}": f"{model} --kappa={kappa} --kappa_a={kappa_a} --nu={nu} {RANKS}"
-        for name, model in (("shift", SHIFT_MODEL), ("plays", "--chunk=4 --meta_steps=400"))
+        for name, model in (("shift", SHIFT_MODEL), ("plays", f"{PLAYS} --chunk=4"))
         for i, (kappa, kappa_a, nu) in enumerate(CRITICS)
     }, (1,)),
     # Text in other words: a learner of KJV that observes ASV.
@@ -254,7 +261,10 @@ STUDIES = {
         "from-1": f"{ALIGNED.replace('--kappa=7', '--kappa=1')} --meta_steps=2200 {WORDS_ARMS}",
         "random-judge": f"{WORDS} --meta_steps=2200 --kappa=7 --outer_batch=64 --arms=oracle,frozen",
         "learned-long": f"{ALIGNED} --meta_steps=5000 --arms=oracle,frozen",
-        "steps-4": f"{ALIGNED} --meta_steps=2200 --inner_steps=4 --arms=oracle,frozen",
+        # E judged over several steps: normalised ones, and the learner's own
+        "steps-4": f"{ALIGNED} --meta_steps=2200 --inner_steps=4 --outer_batch=64 --arms=oracle,frozen",
+        "own-8": f"{ALIGNED} --meta_steps=1400 --inner_length=0 --inner_steps=8 --outer_batch=128 "
+                 "--arms=oracle,frozen",
     }, FIVE),
     # Facts told some eight times, thousands of tokens apart: does a judge that is near find them sooner?
     "3-facts": ("meta_gist.py", {
@@ -263,12 +273,14 @@ STUDIES = {
     }, FIVE),
     # No end: many times the meta phase, with no real token as a target.
     "3-long": ("meta_gist.py", {
-        "dense": "--self_steps=12000 --eval_interval=200 --save_interval=2000 --arms=real,frozen",
-        "dense-self": "--self_steps=12000 --eval_interval=200 --save_interval=2000 --arms=self,ema "
+        "dense": f"{DENSE} --self_steps=12000 --eval_interval=200 --save_interval=2000 --arms=real,frozen",
+        "dense-self": f"{DENSE} --self_steps=12000 --eval_interval=200 --save_interval=2000 --arms=self,ema "
                       "--start={out}/study-3-long/dense/{seed}",
-        "dense-shuffled": "--self_steps=1000 --arms=shuffled,sharpen --start={out}/study-3-long/dense/{seed}",
+        "dense-shuffled": f"{DENSE} --self_steps=1000 --arms=shuffled,sharpen "
+                          "--start={out}/study-3-long/dense/{seed}",
         "shift": f"{SHIFT_MODEL} {SHARP} --arms=real,first,frozen --self_steps=5000 {SHIFT_STEPS}",
-        "plays": f"--chunk=4 --meta_steps=400 --kappa=7 --arms=real,first,frozen --self_steps=5000 {SHIFT_STEPS}",
+        "plays": f"{PLAYS} --chunk=4 --kappa=7 --kappa_a=20 --nu=0.95 "
+                 f"--arms=real,first,frozen --self_steps=5000 {SHIFT_STEPS}",
     }, THREE),
 }
 

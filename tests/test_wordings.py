@@ -96,8 +96,8 @@ def test_an_arm_observes_the_other_wording_and_is_judged_by_the_first(tmp_path, 
     out = tmp_path / "run"
     arms = "real,oracle,frozen,shuffled,table,mask"
     in_process(monkeypatch, "meta_gist.py", "--dataset=kjv-asv", "--vocab=1024", "--n_layer=1", "--n_embd=16",
-               "--block_size=8", "--batch_size=4", "--outer_batch=4", "--val_chunks=aligned", "--pretrain=3",
-               "--meta_steps=5", "--self_steps=4", "--eval_interval=2", "--eval_windows=8", f"--arms={arms}",
+               "--block_size=8", "--batch_size=4", "--outer_batch=8", "--val_chunks=aligned", "--pretrain=3",
+               "--inner_steps=2", "--meta_steps=5", "--self_steps=4", "--eval_interval=2", "--eval_windows=8", f"--arms={arms}",
                f"--out_dir={out}")
     splits = {arm: {split for who, split in read if who == arm} for arm in ("meta", *arms.split(","))}
     assert splits.pop("meta") == {"train", "train_other", "val", "val_other"}  # val: what one step gains
