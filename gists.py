@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from model import GIST, OWN, OWN_GIST, TRUE, attention_mask, rollout, sample_tokens
+from model import GIST, OWN, TRUE, attention_mask, rollout, sample_tokens
 
 PIECE = 16               # tokens of a piece of text that has a gist in the index
 LARGEST_FORECAST = 4096  # tokens: the principal directions of forecasts are those of a matrix [V, V]
@@ -284,10 +284,10 @@ def write_chunks(learner, theta, x, chunk, u):
     B, R, T = u.shape
     if chunk == 1:
         return x.new_zeros(B, R, T, 0)
-    starts = torch.arange(1, T + 1, chunk, device=x.device)
+    starts = torch.arange(1, T + 1, chunk, device=x.device).repeat(R)
     weights = {f"gpt.{n}": p for n, p in theta.items()}
-    u = u.view(B * R, -1, chunk)[..., :-1]
-    y = functional_call(Writer(learner), weights, (x.repeat_interleave(R, 0), starts, chunk - 1, u))
+    u = u.reshape(B, -1, chunk)[..., :-1]
+    y = functional_call(Writer(learner), weights, (x, starts, chunk - 1, u))
     return y.view(B, R, -1, chunk - 1)
 
 
@@ -308,24 +308,28 @@ def say_chunks(learner, theta, x, y, gist=None, **options):
     stands behind every place; what it has read is the gist there. options: of the forward pass.
     """
     (B, R, n, short), T = y.shape, x.size(1)
-    packed = torch.cat((x.repeat_interleave(R, 0), y.flatten(0, 1).flatten(1)), 1)
-    chunk, place = short + 1, torch.arange(T, device=x.device)
-    pos = torch.cat((place, place[place % chunk > 0]))
-    kind = torch.where(torch.arange(len(pos), device=x.device) < T, TRUE, OWN)
+    packed, chunk = torch.cat((x, y.flatten(1)), 1), short + 1
+    place = torch.arange(T, device=x.device)
+    own = place[place % chunk > 0]
+    pos = torch.cat((place, own.repeat(R)))
+    rollouts = 1 + torch.arange(R, device=x.device)
+    writer = torch.cat((torch.zeros_like(place), rollouts.repeat_interleave(len(own))))  # 0 is the world
+    kind = torch.where(writer == 0, TRUE, OWN)
     if gist is not None:
         embedded = F.embedding(packed, theta["embed.weight"])
         packed = torch.cat((embedded, gist.to(embedded.dtype).expand_as(embedded)), 1)
-        pos, kind = pos.repeat(2), torch.cat((kind, torch.where(kind == TRUE, GIST, OWN_GIST)))
-    mask = None if chunk == 1 else attention_mask(kind, (pos + short) // chunk, pos)
-    until, L = learner.config.n_layer, T + n * short
+        pos, writer, kind = pos.repeat(2), writer.repeat(2), torch.cat((kind, kind + GIST - TRUE))
+    mask = None
+    if chunk > 1:  # what is written anew sees the truth and itself, no other writing
+        mask = attention_mask(kind, (pos + short) // chunk, pos) & ((writer == 0) | (writer == writer[:, None]))
+    until, L = learner.config.n_layer, T + R * n * short
     h = functional_call(learner, theta, (packed,), dict(options, pos=pos, mask=mask, until=until))
-    parts = lambda h: (h[:, :, :T].unflatten(2, (n, chunk)), h[:, :, T:].unflatten(2, (n, short)))
-    h = h.unflatten(0, (B, R))
-    (true, own), (true_gists, own_gists) = parts(h[:, :, :L]), parts(h[:, :, -L:])  # the same if gist is None
+    parts = lambda h: (h[:, :T].unflatten(1, (n, chunk)), h[:, T:].unflatten(1, (R, n, short)))
+    (true, own), (true_gists, own_gists) = parts(h[:, :L]), parts(h[:, -L:])  # the same if gist is None
     speak = lambda states: (states @ theta["head.weight"].T).log_softmax(-1)
-    logp_true = speak(true[:, 0])
-    logp = torch.cat((logp_true[:, None, :, :1].expand(-1, R, -1, -1, -1), speak(own)), 3)
-    return Said(logp, logp_true, torch.cat((true_gists[..., :1, :], own_gists), 3), true_gists[:, 0])
+    join = lambda true, own: torch.cat((true[:, None, :, :1].expand(-1, R, -1, -1, -1), own), 3)
+    logp_true = speak(true)
+    return Said(join(logp_true, speak(own)), logp_true, join(true_gists, own_gists), true_gists)
 
 
 # ---- which texts are near
