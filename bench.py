@@ -148,7 +148,7 @@ def meta_parts(steps, rows):
     """{name: call}: a meta step of stage 3 with every graph kept, and as it is. rows: texts of an inner step;
     four times as many judge.
     """
-    mg.chunk = 1
+    mg.chunk, mg.inner_length = 1, 0.05
     (learner, _), critic = learner_of(mg), critic_3()
     theta, phi, average = by_name(learner), by_name(critic), Alone.average
     texts, outer = [text_of(mg, rows) for _ in range(steps)], text_of(mg, 4 * rows)

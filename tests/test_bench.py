@@ -11,7 +11,8 @@ from equations import gradient
 @pytest.fixture(autouse=True)
 def settings(monkeypatch):
     """What the bench sets in the scripts is put back."""
-    monkeypatch.setattr(mg, "chunk", mg.chunk)
+    for name in ("chunk", "inner_length"):
+        monkeypatch.setattr(mg, name, getattr(mg, name))
     for script in (self_ce, gb, mg):
         monkeypatch.setattr(script, "batch_size", 2)
 
