@@ -6,7 +6,7 @@
 # make study-2, study-2-meaning, study-3, study-3-shift, ...   the same of stages 2 and 3
 PYTHON ?= python3
 BIN := .venv/bin
-STUDIES := study-1 study-1-long study-2 study-2-meaning study-3 study-3-forms study-3-shift study-3-chunks \
+STUDIES := study-1 study-1-long study-2 study-2-meaning study-2-words study-3 study-3-forms study-3-shift study-3-chunks \
     study-3-words study-3-facts study-3-ranks study-3-long
 
 .PHONY: run words test $(STUDIES)
@@ -17,8 +17,9 @@ run: .venv/installed
 	$(BIN)/python meta_gist.py
 
 words: .venv/installed
-	$(BIN)/python meta_gist.py --dataset=kjv-asv --vocab=1024 --n_layer=1 --learning_rate=3e-3 --kappa=7 \
-	  --pretrain=1000 --meta_steps=2200 --val_chunks=aligned --outer_batch=16 --self_steps=600 \
+	$(BIN)/python meta_gist.py --dataset=kjv-asv --vocab=1024 --n_layer=1 --learning_rate=3e-3 --kappa=7 --chunk=1 \
+	  --pretrain=1000 --meta_steps=2200 --val_chunks=aligned --outer_batch=16 --inner_steps=1 \
+	  --inner_length=0.05 --scalar_rate=0.03 --self_steps=600 \
 	  --eval_interval=50 --eval_windows=512 --arms=real,oracle,frozen,shuffled --out_dir=out/words
 	$(BIN)/python studies/verses.py out/words
 
