@@ -217,7 +217,7 @@ class GPT(nn.Module):
             nn.init.normal_(p, std=0.0 if last else scale)
 
     def forward(self, x, pos=None, mask=None, read=None, fused=True, cache=None, until=None):
-        """Logits [B, L', V] at the positions that `read` selects, an index of the L dimension; all if None.
+        """Logits [B, L', V] at the positions that `read` selects, a slice or a list of them; all if None.
 
         x: tokens, int [B, L], or embeddings, float [B, L, C].
         pos: int [L] or [B, L]; 0 to L − 1 if None. mask: bool [L, S + L], causal if None.
