@@ -227,6 +227,10 @@ STUDIES = {
         "token-by-hand": f"{SHIFT} {SHARP} --arms=real,frozen --gist=token",
         "token": f"{SHIFT} {BROAD},shuffled {OWN_STEPS} --meta_steps=190 --gist=token",
         "long": f"{SHIFT} {SHARP} --arms=real,frozen --self_steps=800",
+        "own-15-long": f"{SHIFT} {BROAD} {OWN_STEPS} --meta_steps=190 --self_steps=800 "
+                       "--start={out}/study-3-shift/own-15/{seed}",
+        "own-15-longer": f"{SHIFT} {BROAD} {OWN_STEPS} --meta_steps=190 --self_steps=5000 --eval_interval=100 "
+                         "--start={out}/study-3-shift/own-15/{seed}",
     }, FIVE),
     # The same on the plays, at the best of three rates for each arm.
     "3-chunks": ("meta_gist.py", {
@@ -278,7 +282,6 @@ STUDIES = {
                       "--start={out}/study-3-long/dense/{seed}",
         "dense-shuffled": f"{DENSE} --self_steps=1000 --arms=shuffled,sharpen "
                           "--start={out}/study-3-long/dense/{seed}",
-        "shift": f"{SHIFT_MODEL} {SHARP} --arms=real,first,frozen --self_steps=5000 {SHIFT_STEPS}",
         "plays": f"{PLAYS} --chunk=4 --kappa=7 --kappa_a=20 --nu=0.95 "
                  f"--arms=real,first,frozen --self_steps=5000 {SHIFT_STEPS}",
     }, THREE),
