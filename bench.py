@@ -25,7 +25,7 @@ import meta_gist as mg
 import self_ce
 from configurator import refuse
 from equations import by_name, gradient, inner_step, leaves
-from gists import Space, layout, say_chunks
+from gists import Space, layout
 from model import GPT, GPTConfig, adamw
 from phases import Phases
 
@@ -71,7 +71,7 @@ def learner_of(script, n_special=1):
     return model, adamw(model, 1e-4)
 
 
-text_of = lambda s, rows=None: torch.randint(s.vocab, (rows or s.batch_size, s.block_size + 1))  # random tokens
+text_of = lambda s, rows=None: torch.randint(s.vocab, (rows or s.batch_size, s.block_size + 1))
 
 
 def plain(model, optimizer, text):
@@ -158,7 +158,7 @@ def meta_parts(steps, rows):
         """The same derivative by autograd through the whole unroll, every graph kept, as torchopt has it."""
         known, moved = leaves(phi), leaves(theta)
         for text in texts:
-            said = say_chunks(learner, moved, text[:, :-1], y, fused=False)
+            said = mg.say(learner, moved, known, text, (y, None), fused=False)
             a = mg.signal(known, text[:, 1:], said)
             g = gradient(said.logp, moved, -a * mg.vocab / a.numel(), graph=True)
             moved = inner_step(moved, g, mg.inner_length)

@@ -298,14 +298,16 @@ class Said(NamedTuple):
     logp_true: torch.Tensor   # float [B, n, k, V], after true ones
     gists: torch.Tensor       # float [B, R, n, k, C]
     gists_true: torch.Tensor  # float [B, n, k, C]
+    drawn: torch.Tensor | None = None  # int [B, n, k], a token that the learner draws after each true prefix
 
 
-def say_chunks(learner, theta, x, y, gist=None, **options):
+def say_chunks(learner, theta, x, y, gist=None, draw=None, **options):
     """The Said of own chunks y, see `write_chunks`, beside the true text x, int [B, T].
 
     One pass over the true tokens and behind them the own ones. The first place of a chunk follows the true
     prefix in both. theta: the learner's weights by name. gist: the embedding [C] of a GIST token, which then
-    stands behind every place; what it has read is the gist there. options: of the forward pass.
+    stands behind every place; what it has read is the gist there. draw: uniform numbers [B, T], or None.
+    options: of the forward pass.
     """
     (B, R, n, short), T = y.shape, x.size(1)
     packed, chunk = torch.cat((x, y.flatten(1)), 1), short + 1
@@ -321,7 +323,8 @@ def say_chunks(learner, theta, x, y, gist=None, **options):
         pos, writer, kind = pos.repeat(2), writer.repeat(2), torch.cat((kind, kind + GIST - TRUE))
     mask = None
     if chunk > 1:  # what is written anew sees the truth and itself, no other writing
-        mask = attention_mask(kind, (pos + short) // chunk, pos) & ((writer == 0) | (writer == writer[:, None]))
+        mask = attention_mask(kind, (pos + short) // chunk, pos)
+        mask &= (writer == 0) | (writer == writer[:, None])
     until, L = learner.config.n_layer, T + R * n * short
     h = functional_call(learner, theta, (packed,), dict(options, pos=pos, mask=mask, until=until))
     parts = lambda h: (h[:, :T].unflatten(1, (n, chunk)), h[:, T:].unflatten(1, (R, n, short)))
@@ -329,7 +332,8 @@ def say_chunks(learner, theta, x, y, gist=None, **options):
     speak = lambda states: (states @ theta["head.weight"].T).log_softmax(-1)
     join = lambda true, own: torch.cat((true[:, None, :, :1].expand(-1, R, -1, -1, -1), own), 3)
     logp_true = speak(true)
-    return Said(join(logp_true, speak(own)), logp_true, join(true_gists, own_gists), true_gists)
+    drawn = None if draw is None else sample_tokens(logp_true.detach(), draw.view(B, n, chunk))
+    return Said(join(logp_true, speak(own)), logp_true, join(true_gists, own_gists), true_gists, drawn)
 
 
 # ---- which texts are near

@@ -107,6 +107,7 @@ TABLES = {"table": wordings.stands_for, "mask": wordings.rarer}  # what is known
 FIRST = ("first", "frozen_first")  # learn of the first token of a chunk alone, which follows a true prefix
 # Independent streams of data and of random numbers; MEASURE takes four.
 TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED = range(12)
+EXACT = 4096             # tokens up to which praise weighs all that the learner might say; above it, one draw
 LENGTH = 0.05            # of the steps by which gains are measured, where inner_length is 0
 SAMPLES = 2              # rollouts for each observation, in chunks of 2 or more
 SCALARS = ("log_kappa", "log_kappa_a", "nu")  # of φ, beside E and the GIST token
@@ -117,10 +118,10 @@ INDEX_EVERY = 100        # meta steps after which val_chunks = "similar" makes t
 
 # ---- what the learner says, and what the critic makes of it. Of T places, n chunks of k = chunk: T = n k
 
-def kernel(phi):
-    """T(v | x) = softmax_v κ cos(E_v, E_x): [V, V], a row for each x; in arms of TABLES what is known."""
+def kernel(phi, x=slice(None)):
+    """T(v | x) = softmax_v κ cos(E_v, E_x), [..., V], of tokens x or of all; in arms of TABLES what is known."""
     unit = F.normalize(phi["E"], dim=-1)
-    return phi["T"] if "T" in phi else (phi["log_kappa"].exp() * unit @ unit.T).softmax(-1)
+    return phi["T"][x] if "T" in phi else (phi["log_kappa"].exp() * unit[x] @ unit.T).softmax(-1)
 
 
 def match(phi, gists, gists_true):
@@ -133,10 +134,16 @@ def match(phi, gists, gists_true):
 def signal(phi, seen, said, arm=""):
     """A(v), praise and blame for each token that the learner might say: [B, R, n, k, V].
 
-    seen: the observation, int [B, T]. said: a gists.Said.
+    seen: the observation, int [B, T]. said: a gists.Said. Where it holds tokens drawn from p, they stand for
+    Σ_x′ p(x′) T(v | x′), without bias, and by Σ_x′ T ∂p = E T ∂log p without bias in what is derived.
     """
-    table = kernel(phi)
-    r = praise(table[seen].view_as(said.logp_true), said.logp_true.exp(), table)
+    if said.drawn is None:
+        table = kernel(phi)
+        r = praise(table[seen].view_as(said.logp_true), said.logp_true.exp(), table)
+    else:
+        logp = said.logp_true.gather(-1, said.drawn.unsqueeze(-1))
+        own = kernel(phi, said.drawn) * (1 + logp - logp.detach())
+        r = kernel(phi, seen).view_as(own) - own
     r = (phi["weight"][seen].view(*r.shape[:-1], 1) * r if "weight" in phi else r)[:, None]
     if chunk == 1:
         return r
@@ -164,14 +171,26 @@ def real_gradient(learner, theta, text, every=1):
     return gradient(loss, theta), (loss.detach(), logp.detach())
 
 
-def signal_gradient(learner, theta, phi, text, seen, y, arm="", graph=False):
+def write(learner, theta, text, u):
+    """What is drawn once for a text: (own chunks, see `write_chunks`; `draw` of `say_chunks`)."""
+    many = vocab > EXACT
+    return write_chunks(learner, theta, text[:, :-1], chunk, u[:, many:]), u[:, 0] if many else None
+
+
+def say(learner, theta, phi, text, written, **options):
+    """The gists.Said of what was written beside a text."""
+    y, draw = written
+    return say_chunks(learner, theta, text[:, :-1], y, phi.get("gist"), draw, **options)
+
+
+def signal_gradient(learner, theta, phi, text, seen, written, arm="", graph=False):
     """(∇_θ L on this rank, (L, (log p after true prefixes [B, T, V], tokens praised most [B, R, T]))).
 
-    seen: the observation, int [B, T]. y: see `write_chunks`. arm: of FIRST, L is that of first places. graph:
+    seen: the observation, int [B, T]. written: see `write`. arm: of FIRST, L is that of first places. graph:
     of leaves θ and φ; then ∇_θ L can be derived again by both, for the critic reads what is said.
     """
     theta = theta if graph else leaves(theta)
-    said = say_chunks(learner, theta, text[:, :-1], y, phi.get("gist"), fused=not graph)
+    said = say(learner, theta, phi, text, written, fused=not graph)
     with torch.set_grad_enabled(graph):
         a = signal(phi, seen, said, arm)
     places = slice(1) if arm in FIRST else slice(None)
@@ -182,11 +201,10 @@ def signal_gradient(learner, theta, phi, text, seen, y, arm="", graph=False):
 
 
 def inner_gradient(learner, theta, phi, text, seen, u, average, arm=""):
-    """(y, g = ∇_θ L averaged over ranks, (L, what was heard)). u: uniform numbers [B, R, T]."""
-    y = write_chunks(learner, theta, text[:, :-1], chunk, u)
-    g, heard = signal_gradient(learner, theta, phi, text, seen, y, arm)
+    """(g = ∇_θ L averaged over ranks, (L, what was heard)). u: uniform numbers, see `chance`."""
+    g, heard = signal_gradient(learner, theta, phi, text, seen, write(learner, theta, text, u), arm)
     average(list(g.values()))
-    return y, g, heard
+    return g, heard
 
 
 def learn(theta, moments, g, count):
@@ -207,20 +225,21 @@ def meta_step(learner, theta, phi, texts, chances, outer, average, moments=(), c
     trail, first, phi = [], None, leaves(phi)
     for k, (text, u) in enumerate(zip(texts, chances)):
         theta = leaves(theta)
-        y = write_chunks(learner, theta, text[:, :-1], chunk, u)
-        mine, heard = signal_gradient(learner, theta, phi, text, text[:, 1:], y, graph=k == len(texts) - 1)
+        words = write(learner, theta, text, u)
+        seen, last = text[:, 1:], k == len(texts) - 1
+        mine, heard = signal_gradient(learner, theta, phi, text, seen, words, graph=last)
         g = {n: t.detach().clone() for n, t in mine.items()}
         average(list(g.values()))
         first = first or (g, heard)
-        trail.append((theta, moments, g, text, y))
+        trail.append((theta, moments, g, text, words))
         theta, moments = learn(theta, moments, g, count + k + 1)
     lam, (loss, _) = real_gradient(learner, theta, outer)                     # λ = ∇O(θ_S)
     average(list(lam.values()))
     dphi = {n: torch.zeros_like(p) for n, p in phi.items()}
     of_moments = tuple({n: torch.zeros_like(p) for n, p in m.items()} for m in moments)  # λ of the moments
-    for k, (theta, moments, g, text, y) in reversed(list(enumerate(trail))):
+    for k, (theta, moments, g, text, words) in reversed(list(enumerate(trail))):
         if k < len(texts) - 1:
-            mine, _ = signal_gradient(learner, theta, phi, text, text[:, 1:], y, graph=True)
+            mine, _ = signal_gradient(learner, theta, phi, text, text[:, 1:], words, graph=True)
         step, at = functools.partial(learn, count=count + k + 1), (theta, moments, g)
         lam, of_moments, w = pull_back(step, (lam, of_moments), *at)          # λ and w, through the step
         found = gradient(dot(mine, w), phi | theta if k else phi)
@@ -233,8 +252,9 @@ def meta_step(learner, theta, phi, texts, chances, outer, average, moments=(), c
 # ---- what a step reads
 
 def chance(phases, step, stream=CHANCE, rows=None):
-    """Uniform numbers [B, R, T] for R rollouts; with chunk = 1 there is one way to write nothing."""
-    return phases.chance(step, (SAMPLES if chunk > 1 else 1, block_size), stream, rows)
+    """Uniform numbers [B, R, T] for R rollouts, behind [B, 1, T] for a draw if there are many tokens."""
+    rollouts = SAMPLES if chunk > 1 else 1  # with chunk = 1 there is one way to write nothing
+    return phases.chance(step, (rollouts + (vocab > EXACT), block_size), stream, rows)
 
 
 def meta_texts(phases, number, index):
@@ -243,15 +263,13 @@ def meta_texts(phases, number, index):
     texts = [phases.text(k, INNER, split="train_other") for k in steps]
     outer, corpus, run = phases.text(number, OUTER, rows=outer_batch), phases.corpus, phases.run
     if val_chunks != "random":
-        where = batch_size, T + 1, run.rank, run.ranks, INNER
-        starts = [batch_starts(corpus.train_other, seed, k, *where) for k in steps]
+        tokens, other, n = corpus.train, corpus.train_other, outer_batch // batch_size
+        starts = [batch_starts(other, seed, k, batch_size, T + 1, run.rank, run.ranks, INNER) for k in steps]
         if val_chunks == "similar":
-            asks, n = torch.from_numpy(starts[-1]), outer_batch // batch_size
-            found = nearest(index, asks, n, T, len(corpus.train))
+            found = nearest(index, torch.from_numpy(starts[-1]), n, T, len(tokens))
         else:
-            starts = np.concatenate(starts)
-            found = wordings.twins(starts, corpus.train, corpus.train_other, corpus.encoding, T + 1)
-        outer = windows(corpus.train, np.ravel(found), T + 1).to(run.device)
+            found = wordings.twins(np.concatenate(starts), tokens, other, corpus.encoding, T + 1)
+        outer = windows(tokens, np.ravel(found), T + 1).to(run.device)
     return texts, [chance(phases, k, ROLLOUT) for k in steps], outer
 
 
@@ -260,7 +278,7 @@ def observed(phases, arm, learner, text, step, u):
     arm sharpen what the learner itself says after each true prefix."""
     if arm == "shuffled":
         return wordings.world(phases, step, FOREIGN)[:, 1:]
-    return sample_tokens(learner(text[:, :-1]), u[:, 0]) if arm == "sharpen" else text[:, 1:]
+    return sample_tokens(learner(text[:, :-1]), u[:, -1]) if arm == "sharpen" else text[:, 1:]
 
 
 # ---- steps
@@ -280,7 +298,7 @@ def signal_step(phases, arm, text, step):
     with torch.no_grad():
         seen = observed(phases, arm, learner, text, step, u)
     batch = text, seen, u, phases.run.average, arm
-    _, g, (loss, (logp, told)) = inner_gradient(learner, by_name(learner), phi, *batch)
+    g, (loss, (logp, told)) = inner_gradient(learner, by_name(learner), phi, *batch)
     note(phases.tally, loss, logp, text[:, 1:], told)
     phases.take_step(learner, phases.parts["optimizer"], g)
 
@@ -348,7 +366,7 @@ def measure(phases, theta, number):
     text, again, foreign = (phases.text(number, MEASURE + k, outer_batch, "val_other") for k in range(3))
     other = phases.text(number, MEASURE + 3, outer_batch, "val")
     u = chance(phases, number, MEASURED, outer_batch)
-    signal_g, shuffled_g, again_g = (inner_gradient(learner, theta, phi, t, seen[:, 1:], u, average)[1]
+    signal_g, shuffled_g, again_g = (inner_gradient(learner, theta, phi, t, seen[:, 1:], u, average)[0]
                                      for t, seen in ((text, text), (text, foreign), (again, again)))
     real, more = (real_gradient(learner, theta, t)[0] for t in (text, again))
     average([*real.values(), *more.values()])
@@ -365,9 +383,9 @@ def examine(phases):
     """{agreement_probe: share of held-out tokens praised most if the learner is sure of random ones; kappa,
     kappa_a, nu}, and in the critic's part of the meta phase what `measure` finds."""
     critic, kept, where = phases.parts["critic"], phases.kept, phases.run.device
-    obs, table = val_windows(phases.corpus.val, 4, block_size + 1)[:, 1:].to(where), kernel(by_name(critic))
+    obs, phi = val_windows(phases.corpus.val, 4, block_size + 1)[:, 1:].to(where), by_name(critic)
     own = np.random.default_rng([seed, PROBE]).integers(0, vocab, tuple(obs.shape))
-    told = (table[obs] - table[torch.from_numpy(own).to(where)]).argmax(-1)
+    told = (kernel(phi, obs) - kernel(phi, torch.from_numpy(own).to(where))).argmax(-1)
     found = dict(agreement_probe=(told == obs).float().mean().item(), kappa=critic["log_kappa"].exp().item(),
                  kappa_a=critic["log_kappa_a"].exp().item(), nu=critic["nu"].item())
     if phases.arm == "meta" and phases.step >= pretrain:
@@ -384,10 +402,9 @@ def ask(phases, learner, critic, step):
     """(own, true and praised tokens of a step's first row; agreement of the last two), read as in the arm."""
     text, u, theta = wordings.world(phases, step), chance(phases, step), by_name(learner)
     seen = observed(phases, phases.arm, learner, text, step, u)
-    phi, y = by_name(critic), write_chunks(learner, theta, text[:, :-1], chunk, u)
-    said = say_chunks(learner, theta, text[:, :-1], y, phi.get("gist"))
-    told, obs = signal(phi, seen, said, phases.arm).argmax(-1).flatten(2), text[:, 1:]
-    own = said.logp_true.argmax(-1).flatten(1)
+    phi, obs = by_name(critic), text[:, 1:]
+    said = say(learner, theta, phi, text, write(learner, theta, text, u))
+    told, own = signal(phi, seen, said, phases.arm).argmax(-1).flatten(2), said.logp_true.argmax(-1).flatten(1)
     return own[0].tolist(), obs[0].tolist(), told[0, 0].tolist(), (told == obs[:, None]).float().mean()
 
 
@@ -427,12 +444,10 @@ def main():
     torch.manual_seed(seed)
     learner = GPT(GPTConfig(vocab, 1, n_layer, n_head, n_embd)).to(run.device, run.weight_dtype)
     scalars = dict(zip(SCALARS, map(torch.tensor, (math.log(kappa), math.log(kappa_a), nu))))
-    critic = nn.ParameterDict(dict(E=torch.randn(vocab, n_embd), **scalars))
-    if gist == "token":
-        critic["gist"] = torch.randn(n_embd)
-    critic, other = critic.to(run.device, run.weight_dtype), copy.deepcopy(learner)
-    vectors = [p for name, p in critic.items() if name not in SCALARS]
-    adam = torch.optim.Adam([{"params": vectors}, {"params": [critic[s] for s in SCALARS]}])
+    vectors = dict(E=torch.randn(vocab, n_embd), **(dict(gist=torch.randn(n_embd)) if gist == "token" else {}))
+    critic, other = nn.ParameterDict(vectors | scalars), copy.deepcopy(learner)
+    critic.to(run.device, run.weight_dtype)
+    adam = torch.optim.Adam([{"params": [critic[name] for name in of]} for of in (vectors, scalars)])
     optimizers = dict(optimizer=adamw(learner, learning_rate), critic_optimizer=adam)
     of = lambda arm: {name: torch.from_numpy(a).to(critic["E"]) for name, a in TABLES[arm](corpus).items()}
     known = {arm: nn.ParameterDict(dict(critic.items(), **of(arm))) for arm in TABLES if arm in names}

@@ -89,7 +89,8 @@ def go_on(model, ids, n, temperature=0.0, seed=1, chunk=0, forget=False):
         whole = chunk and (at + 1) % chunk == 0
         read = [ids[at] if at < len(ids) else written[-1], *(gists if whole else ())]
         sees = torch.ones(len(read), kept + len(read), dtype=torch.bool).tril(kept)
-        logits = model(torch.tensor([read]), torch.full((len(read),), at), sees, read=slice(1), cache=cache)[0, 0]
+        pos = torch.full((len(read),), at)
+        logits = model(torch.tensor([read]), pos, sees, read=slice(1), cache=cache)[0, 0]
         if whole and forget:
             cache = {block: (shorter(k), shorter(v)) for block, (k, v) in cache.items()}
         kept += len(read) - (chunk if whole and forget else 0)
