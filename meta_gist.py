@@ -3,7 +3,6 @@ Stage 3: can the signal itself be learned, by how much learning from it helps?
 
     python meta_gist.py                                     # two cores, about 4 minutes
     python meta_gist.py --chunk=1                           # the learner writes one token at a time
-    python meta_gist.py --gist=token                        # gists behind what is said, not of it
     torchrun --standalone --nproc_per_node=8 meta_gist.py   # the same run on any number of ranks
 
 The learner p_θ writes where it could have read x. The critic φ, embeddings E that start random and a
@@ -108,7 +107,6 @@ FIRST = ("first", "frozen_first")  # learn of the first token of a chunk alone, 
 # Independent streams of data and of random numbers; MEASURE takes four.
 TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED = range(12)
 EXACT = 4096             # tokens up to which praise weighs all that the learner might say; above it, one draw
-LENGTH = 0.05            # of the steps by which gains are measured, where inner_length is 0
 SAMPLES = 2              # rollouts for each observation, in chunks of 2 or more
 SCALARS = ("log_kappa", "log_kappa_a", "nu")  # of φ, beside E and the GIST token
 MATCH = ("log_kappa_a", "nu", "gist")          # of φ, what gists are compared by
@@ -119,7 +117,7 @@ INDEX_EVERY = 100        # meta steps after which val_chunks = "similar" makes t
 # ---- what the learner says, and what the critic makes of it. Of T places, n chunks of k = chunk: T = n k
 
 def kernel(phi, x=slice(None)):
-    """T(v | x) = softmax_v κ cos(E_v, E_x), [..., V], of tokens x or of all; in arms of TABLES what is known."""
+    """T(v | x) = softmax_v κ cos(E_v, E_x), [..., V], of tokens x or of all; in arms of TABLES as known."""
     unit = F.normalize(phi["E"], dim=-1)
     return phi["T"][x] if "T" in phi else (phi["log_kappa"].exp() * unit[x] @ unit.T).softmax(-1)
 
@@ -186,8 +184,8 @@ def say(learner, theta, phi, text, written, **options):
 def signal_gradient(learner, theta, phi, text, seen, written, arm="", graph=False):
     """(∇_θ L on this rank, (L, (log p after true prefixes [B, T, V], tokens praised most [B, R, T]))).
 
-    seen: the observation, int [B, T]. written: see `write`. arm: of FIRST, L is that of first places. graph:
-    of leaves θ and φ; then ∇_θ L can be derived again by both, for the critic reads what is said.
+    seen: the observation, int [B, T]. written: see `write`. arm: of FIRST, L is that of first places.
+    graph: θ and φ are leaves, and ∇_θ L can be derived again by both.
     """
     theta = theta if graph else leaves(theta)
     said = say(learner, theta, phi, text, written, fused=not graph)
@@ -374,7 +372,7 @@ def measure(phases, theta, number):
     found = dict(cosine_real=cos(signal_g, real), cos_bb=cos(signal_g, again_g), cos_bb_real=cos(real, more))
     before, _ = real_loss(learner, theta, other)
     for name, g in dict(gain=signal_g, gain_shuffled=shuffled_g, gain_real=real).items():
-        found[name] = before - real_loss(learner, inner_step(theta, g, inner_length or LENGTH), other)[0]
+        found[name] = before - real_loss(learner, inner_step(theta, g, inner_length or 0.05), other)[0]
     average(list(found.values()))
     return {name: value.item() for name, value in found.items()}
 
@@ -404,7 +402,8 @@ def ask(phases, learner, critic, step):
     seen = observed(phases, phases.arm, learner, text, step, u)
     phi, obs = by_name(critic), text[:, 1:]
     said = say(learner, theta, phi, text, write(learner, theta, text, u))
-    told, own = signal(phi, seen, said, phases.arm).argmax(-1).flatten(2), said.logp_true.argmax(-1).flatten(1)
+    told = signal(phi, seen, said, phases.arm).argmax(-1).flatten(2)
+    own = said.logp_true.argmax(-1).flatten(1)
     return own[0].tolist(), obs[0].tolist(), told[0, 0].tolist(), (told == obs[:, None]).float().mean()
 
 
@@ -444,7 +443,8 @@ def main():
     torch.manual_seed(seed)
     learner = GPT(GPTConfig(vocab, 1, n_layer, n_head, n_embd)).to(run.device, run.weight_dtype)
     scalars = dict(zip(SCALARS, map(torch.tensor, (math.log(kappa), math.log(kappa_a), nu))))
-    vectors = dict(E=torch.randn(vocab, n_embd), **(dict(gist=torch.randn(n_embd)) if gist == "token" else {}))
+    vectors = dict(E=torch.randn(vocab, n_embd))
+    vectors |= dict(gist=torch.randn(n_embd)) if gist == "token" else {}
     critic, other = nn.ParameterDict(vectors | scalars), copy.deepcopy(learner)
     critic.to(run.device, run.weight_dtype)
     adam = torch.optim.Adam([{"params": [critic[name] for name in of]} for of in (vectors, scalars)])

@@ -229,8 +229,8 @@ STUDIES = {
         "long": f"{SHIFT} {SHARP} --arms=real,frozen --self_steps=800",
         "own-15-long": f"{SHIFT} {BROAD} {OWN_STEPS} --meta_steps=190 --self_steps=800 "
                        "--start={out}/study-3-shift/own-15/{seed}",
-        "own-15-longer": f"{SHIFT} {BROAD} {OWN_STEPS} --meta_steps=190 --self_steps=5000 --eval_interval=100 "
-                         "--start={out}/study-3-shift/own-15/{seed}",
+        "own-15-longer": f"{SHIFT} {BROAD} {OWN_STEPS} --meta_steps=190 --self_steps=5000 "
+                         "--eval_interval=100 --start={out}/study-3-shift/own-15/{seed}",
     }, FIVE),
     # The same on the plays, at the best of three rates for each arm.
     "3-chunks": ("meta_gist.py", {

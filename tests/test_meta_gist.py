@@ -21,7 +21,8 @@ from phases import Phases
 SCRIPT = "meta_gist.py"
 SMALL = ["--meta_steps=12", "--pretrain=6", "--self_steps=6", "--n_embd=16", "--n_head=2", "--block_size=16",
          "--batch_size=4", "--outer_batch=8", "--eval_windows=4", "--eval_interval=3", "--save_interval=2",
-         "--warmup=4", "--pool_steps=3", "--device=cpu", "--chunk=1", "--inner_steps=1", "--inner_length=0.05"]
+         "--warmup=4", "--pool_steps=3", "--device=cpu", "--chunk=1", "--inner_steps=1",
+         "--inner_length=0.05"]
 TOY = dict(vocab=13, n_embd=16, block_size=8, SAMPLES=2, batch_size=2, outer_batch=4, inner_length=0.02,
            inner_steps=1)
 
@@ -207,13 +208,15 @@ def test_two_ranks_find_the_second_order_of_one_and_the_mean_of_their_own_would_
 def test_between_inner_steps_nothing_is_kept_that_has_a_graph(monkeypatch):
     set_toy(chunk=4)
     kept, real = [], mg.signal_gradient
-    monkeypatch.setattr(mg, "signal_gradient", lambda *a, graph: kept.append(real(*a, graph=graph)) or kept[-1])
+    keep = lambda *a, graph: kept.append(real(*a, graph=graph)) or kept[-1]
+    monkeypatch.setattr(mg, "signal_gradient", keep)
     learner, theta, phi = toy()
     *found, first = mg.meta_step(learner, theta, phi, *what_is_read(3), alone)
     of = lambda *what: [t for t in torch.utils._pytree.tree_leaves(what) if torch.is_tensor(t)]
     graphs = [any(t.requires_grad or t.grad_fn for t in of(*call)) for call in kept]
     assert graphs == [False, False, True, True, True]  # two steps, the last one, and the two made again
-    assert len(of(found, first)) > len(theta) and not any(t.requires_grad or t.grad_fn for t in of(found, first))
+    told = of(found, first)
+    assert len(told) > len(theta) and not any(t.requires_grad or t.grad_fn for t in told)
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
@@ -314,7 +317,8 @@ def test_above_a_size_a_draw_is_made_that_is_no_rollouts(monkeypatch):
     learner, theta, phi = toy()
     text, u = what_is_read(1)[2], torch.rand(2, 1 + mg.SAMPLES, 8)
     y, draw = mg.write(learner, theta, text, u)
-    assert torch.equal(y, write_chunks(learner, theta, text[:, :-1], 4, u[:, 1:])) and torch.equal(draw, u[:, 0])
+    assert torch.equal(y, write_chunks(learner, theta, text[:, :-1], 4, u[:, 1:]))
+    assert torch.equal(draw, u[:, 0])
     said = mg.say(learner, theta, phi, text, (y, draw))
     assert said.drawn.shape == (2, 2, 4)
     assert torch.equal(said.drawn.flatten(1), sample_tokens(learner(text[:, :-1]), u[:, 0]))
@@ -462,7 +466,8 @@ def weights(folder):
     return {f"{part}.{n}": t for part in ("learner", "critic") for n, t in state[part].items()}
 
 
-@pytest.mark.parametrize("form", ["--chunk=4 --val_chunks=similar", "--chunk=4 --inner_length=0 --gist=token"])
+@pytest.mark.parametrize("form", ["--chunk=4 --val_chunks=similar",
+                                  "--chunk=4 --inner_length=0 --gist=token"])
 def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_path, monkeypatch, form):
     settings = [*SMALL, *form.split(), "--arms=real,ema,shuffled", "--dtype=float64"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -530,7 +535,7 @@ def test_every_arm_starts_from_the_same_snapshot_and_leaves_what_it_should(tmp_p
     ("--chunk=0", "chunk=0 must divide block_size=32"),
     ("--arms=oracle", "arms oracle, table, mask, val_chunks='aligned' need 'kjv-asv'"),
     ("--val_chunks=aligned", "dataset='plays': arms oracle, table, mask, val_chunks='aligned' need"),
-    ("--dataset=kjv-asv --val_chunks=aligned", "outer_batch=256: with val_chunks='aligned' it must be inner_s"),
+    ("--dataset=kjv-asv --val_chunks=aligned", "outer_batch=256: with val_chunks='aligned' it must be"),
     ("--kappa_a=0", "kappa_a=0.0 must be above 0"),
     ("--pretrain=0", "pretrain=0 must be above 0 with inner_length=0"),
     ("--chunk=1 --gist=token", "gist='token': gists are of a chunk of 2 or more"),

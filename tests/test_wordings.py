@@ -97,8 +97,8 @@ def test_an_arm_observes_the_other_wording_and_is_judged_by_the_first(tmp_path, 
     arms = "real,oracle,frozen,shuffled,table,mask"
     in_process(monkeypatch, "meta_gist.py", "--dataset=kjv-asv", "--vocab=1024", "--n_layer=1", "--n_embd=16",
                "--block_size=8", "--batch_size=4", "--outer_batch=8", "--val_chunks=aligned", "--pretrain=3",
-               "--inner_steps=2", "--meta_steps=5", "--self_steps=4", "--eval_interval=2", "--eval_windows=8", f"--arms={arms}",
-               f"--out_dir={out}")
+               "--inner_steps=2", "--meta_steps=5", "--self_steps=4", "--eval_interval=2", "--eval_windows=8",
+               f"--arms={arms}", f"--out_dir={out}")
     splits = {arm: {split for who, split in read if who == arm} for arm in ("meta", *arms.split(","))}
     assert splits.pop("meta") == {"train", "train_other", "val", "val_other"}  # val: what one step gains
     assert splits.pop("oracle") == {"val"}
@@ -128,7 +128,7 @@ def test_what_is_known_is_praised_and_a_mask_weighs_what_cross_entropy_says(bibl
     small = bible._replace(train=bible.train[:60_000], train_other=bible.train_other[:60_000])
     jehovah, the, lord = (bible.encoding.encode_single_token(w) for w in ("Jehovah ", "the ", "LORD "))
     p = torch.rand(1, 1, 1, 1024).softmax(-1)
-    said, seen = SimpleNamespace(logp_true=p.log()), torch.tensor([[jehovah]])
+    said, seen = SimpleNamespace(logp_true=p.log(), drawn=None), torch.tensor([[jehovah]])
     known = {arm: {n: torch.from_numpy(a) for n, a in mg.TABLES[arm](small).items()} for arm in mg.TABLES}
     known = {arm: dict(phi, E=torch.rand(1024, 4)) for arm, phi in known.items()}
     entropy_slope = F.one_hot(seen[0], 1024) - p[0, 0]  # of cross entropy, by the logits, less
