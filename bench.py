@@ -158,7 +158,7 @@ def meta_parts(steps, rows):
         """The same derivative by autograd through the whole unroll, every graph kept, as torchopt has it."""
         known, moved = leaves(phi), leaves(theta)
         for text in texts:
-            said = mg.say(learner, moved, known, text, (y, None), fused=False)
+            said = mg.say(learner, moved, known, text, (y, ()), fused=False)
             a = mg.signal(known, text[:, 1:], said)
             g = gradient(said.logp, moved, -a * mg.vocab / a.numel(), graph=True)
             moved = inner_step(moved, g, mg.inner_length)

@@ -298,15 +298,15 @@ class Said(NamedTuple):
     logp_true: torch.Tensor   # float [B, n, k, V], after true ones
     gists: torch.Tensor       # float [B, R, n, k, C]
     gists_true: torch.Tensor  # float [B, n, k, C]
-    drawn: torch.Tensor | None = None  # int [B, n, k], a token that the learner draws after each true prefix
+    drawn: tuple = ()         # of int [B, n, k], tokens that the learner draws after true prefixes
 
 
-def say_chunks(learner, theta, x, y, gist=None, draw=None, **options):
+def say_chunks(learner, theta, x, y, gist=None, draw=(), **options):
     """The Said of own chunks y, see `write_chunks`, beside the true text x, int [B, T].
 
     One pass over the true tokens and behind them the own ones. The first place of a chunk follows the true
     prefix in both. theta: the learner's weights by name. gist: the embedding [C] of a GIST token, which then
-    stands behind every place; what it has read is the gist there. draw: uniform numbers [B, T], or None.
+    stands behind every place; what it has read is the gist there. draw: uniform numbers [B, T], some.
     options: of the forward pass.
     """
     (B, R, n, short), T = y.shape, x.size(1)
@@ -332,7 +332,7 @@ def say_chunks(learner, theta, x, y, gist=None, draw=None, **options):
     speak = lambda states: (states @ theta["head.weight"].T).log_softmax(-1)
     join = lambda true, own: torch.cat((true[:, None, :, :1].expand(-1, R, -1, -1, -1), own), 3)
     logp_true = speak(true)
-    drawn = None if draw is None else sample_tokens(logp_true.detach(), draw.view(B, n, chunk))
+    drawn = tuple(sample_tokens(logp_true.detach(), u.view(B, n, chunk)) for u in draw)
     return Said(join(logp_true, speak(own)), logp_true, join(true_gists, own_gists), true_gists, drawn)
 
 

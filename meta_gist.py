@@ -106,7 +106,7 @@ TABLES = {"table": wordings.stands_for, "mask": wordings.rarer}  # what is known
 FIRST = ("first", "frozen_first")  # learn of the first token of a chunk alone, which follows a true prefix
 # Independent streams of data and of random numbers; MEASURE takes four.
 TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED = range(12)
-EXACT = 4096             # tokens up to which praise weighs all that the learner might say; above it, one draw
+EXACT, DRAWS = 4096, 4   # tokens up to which praise weighs all that might be said; draws of it above that
 SAMPLES = 2              # rollouts for each observation, in chunks of 2 or more
 SCALARS = ("log_kappa", "log_kappa_a", "nu")  # of φ, beside E and the GIST token
 MATCH = ("log_kappa_a", "nu", "gist")          # of φ, what gists are compared by
@@ -135,12 +135,12 @@ def signal(phi, seen, said, arm=""):
     seen: the observation, int [B, T]. said: a gists.Said. Where it holds tokens drawn from p, they stand for
     Σ_x′ p(x′) T(v | x′), without bias, and by Σ_x′ T ∂p = E T ∂log p without bias in what is derived.
     """
-    if said.drawn is None:
+    if not said.drawn:
         table = kernel(phi)
         r = praise(table[seen].view_as(said.logp_true), said.logp_true.exp(), table)
     else:
-        logp = said.logp_true.gather(-1, said.drawn.unsqueeze(-1))
-        own = kernel(phi, said.drawn) * (1 + logp - logp.detach())
+        logps = (said.logp_true.gather(-1, x.unsqueeze(-1)) for x in said.drawn)
+        own = sum(kernel(phi, x) * (1 + l - l.detach()) for x, l in zip(said.drawn, logps)) / len(said.drawn)
         r = kernel(phi, seen).view_as(own) - own
     r = (phi["weight"][seen].view(*r.shape[:-1], 1) * r if "weight" in phi else r)[:, None]
     if chunk == 1:
@@ -171,8 +171,8 @@ def real_gradient(learner, theta, text, every=1):
 
 def write(learner, theta, text, u):
     """What is drawn once for a text: (own chunks, see `write_chunks`; `draw` of `say_chunks`)."""
-    many = vocab > EXACT
-    return write_chunks(learner, theta, text[:, :-1], chunk, u[:, many:]), u[:, 0] if many else None
+    draws = DRAWS * (vocab > EXACT)
+    return write_chunks(learner, theta, text[:, :-1], chunk, u[:, draws:]), u[:, :draws].unbind(1)
 
 
 def say(learner, theta, phi, text, written, **options):
@@ -250,9 +250,9 @@ def meta_step(learner, theta, phi, texts, chances, outer, average, moments=(), c
 # ---- what a step reads
 
 def chance(phases, step, stream=CHANCE, rows=None):
-    """Uniform numbers [B, R, T] for R rollouts, behind [B, 1, T] for a draw if there are many tokens."""
+    """Uniform numbers [B, R, T] for R rollouts, behind those for draws if there are many tokens."""
     rollouts = SAMPLES if chunk > 1 else 1  # with chunk = 1 there is one way to write nothing
-    return phases.chance(step, (rollouts + (vocab > EXACT), block_size), stream, rows)
+    return phases.chance(step, (rollouts + DRAWS * (vocab > EXACT), block_size), stream, rows)
 
 
 def meta_texts(phases, number, index):

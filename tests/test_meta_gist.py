@@ -291,7 +291,7 @@ def test_own_steps_are_those_of_the_optimizer():
 # ---- the signal
 
 @pytest.mark.parametrize("chunk", [1, 4])
-def test_one_draw_stands_for_all_that_the_learner_might_say_without_bias(monkeypatch, chunk):
+def test_draws_stand_for_all_that_the_learner_might_say_without_bias(monkeypatch, chunk):
     """In mean over draws it is the exact signal, and so is what is derived of it by θ and φ."""
     set_toy(chunk=chunk)
     learner, theta, phi = toy()
@@ -304,24 +304,23 @@ def test_one_draw_stands_for_all_that_the_learner_might_say_without_bias(monkeyp
         a = mg.signal(held, text[:, 1:], said)
         slopes = torch.autograd.grad((a * weights).sum(), list(held.values()), materialize_grads=True)
         return torch.cat([a.detach().flatten(), *(s.flatten() for s in slopes)])
-    exact, n = found(None), 1000
-    drawn = sum(found(torch.full((2, 8), (i + 0.5) / n)) for i in range(n)) / n
+    exact, n = found(()), 1000
+    drawn = sum(found((torch.full((2, 8), (i + 0.5) / n),) * 2) for i in range(n)) / n
     assert (drawn - exact).abs().max() < 1e-2 * exact.abs().max() and exact.abs().max() > 0.1
-    one = found(torch.full((2, 8), 0.3))
+    one = found((torch.full((2, 8), 0.3),))
     assert (one - exact).abs().max() > 0.05 * exact.abs().max()
 
 
-def test_above_a_size_a_draw_is_made_that_is_no_rollouts(monkeypatch):
+def test_above_a_size_draws_are_made_that_are_no_rollouts(monkeypatch):
     set_toy(chunk=4)
     monkeypatch.setattr(mg, "EXACT", 5)
     learner, theta, phi = toy()
-    text, u = what_is_read(1)[2], torch.rand(2, 1 + mg.SAMPLES, 8)
+    text, u = what_is_read(1)[2], torch.rand(2, mg.DRAWS + mg.SAMPLES, 8)
     y, draw = mg.write(learner, theta, text, u)
-    assert torch.equal(y, write_chunks(learner, theta, text[:, :-1], 4, u[:, 1:]))
-    assert torch.equal(draw, u[:, 0])
-    said = mg.say(learner, theta, phi, text, (y, draw))
-    assert said.drawn.shape == (2, 2, 4)
-    assert torch.equal(said.drawn.flatten(1), sample_tokens(learner(text[:, :-1]), u[:, 0]))
+    assert torch.equal(y, write_chunks(learner, theta, text[:, :-1], 4, u[:, mg.DRAWS:]))
+    drawn = mg.say(learner, theta, phi, text, (y, draw)).drawn
+    assert len(drawn) == mg.DRAWS and drawn[0].shape == (2, 2, 4)
+    assert torch.equal(drawn[1].flatten(1), sample_tokens(learner(text[:, :-1]), u[:, 1]))
 
 
 def test_with_single_tokens_the_signal_is_praise_and_its_mean_over_what_the_learner_says_is_zero():
