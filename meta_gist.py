@@ -139,9 +139,9 @@ def signal(phi, seen, said, arm=""):
         table = kernel(phi)
         r = praise(table[seen].view_as(said.logp_true), said.logp_true.exp(), table)
     else:
-        logps = (said.logp_true.gather(-1, x.unsqueeze(-1)) for x in said.drawn)
-        own = sum(kernel(phi, x) * (1 + l - l.detach()) for x, l in zip(said.drawn, logps)) / len(said.drawn)
-        r = kernel(phi, seen).view_as(own) - own
+        logps = [said.logp_true.gather(-1, x.unsqueeze(-1)) for x in said.drawn]
+        own = sum(kernel(phi, x) * (1 + logp - logp.detach()) for x, logp in zip(said.drawn, logps))
+        r = kernel(phi, seen).view_as(own) - own / len(said.drawn)
     r = (phi["weight"][seen].view(*r.shape[:-1], 1) * r if "weight" in phi else r)[:, None]
     if chunk == 1:
         return r
