@@ -361,7 +361,7 @@ FIGURES = {
         "little text full of synonyms": {"2-meaning/praise": TAUGHT},
         "little of the plays, in random spellings": {"2-meaning/spellings": TAUGHT}},
     "stage-3-study.png": {
-        "the plays": {"3/base": "real frozen shuffled"},
+        "the plays": {"3/dense": "real frozen shuffled"},
         "planted synonyms": {"3/synonyms": "real frozen shuffled"}}}
 GAINS = dict(gain="frozen", gain_real="real", gain_shuffled="shuffled")  # whose colour each has
 
@@ -390,7 +390,7 @@ def draw(file, panels):
         axis.set(title=title, xlabel="self steps")
     axes[gains].set_ylabel("gold less that at the start, nats")
     for quantity, colour in GAINS.items() if gains else ():
-        curve(axes[0], load("3/base"), "meta", quantity, colour, quantity)
+        curve(axes[0], load("3/dense"), "meta", quantity, colour, quantity)
         axes[0].set(title="the plays: what one inner step gains, nats", xlabel="steps of the meta phase")
     for axis in axes:
         axis.grid(alpha=0.2)
@@ -407,7 +407,8 @@ PAGES = {
     "stage-2.md": dict(carried=carried, gist_arms=lambda: distances("2/base 2/arms 2/forecast"),
                        forgets=forgets, meaning=meaning),
     "stage-3.md": dict(
-        second_order=lambda: critics("3/base 3/untrained 3/by-hand"),
+        own_steps=lambda: open_runs("3/base 3-chunks/bytes-4-own-15 3/dense-own"),
+        second_order=lambda: critics("3/dense 3/untrained 3/by-hand"),
         synonyms=synonyms,
         chunks=lambda: critics("3/chunk-4 3/chunk-4-by-hand 3/chunk-4-sharp "
                                "3-forms/chunk-8"),
@@ -418,7 +419,7 @@ PAGES = {
         ranks=ranks,
         facts=lambda: open_runs(points_of("3-facts", "")),
         long=lambda: open_runs(points_of("3-long", "")),
-        judges=lambda: critics("3/base 3/similar 3/steps-2 3/steps-4", "frozen"))}
+        judges=lambda: critics("3/dense 3/similar 3/steps-2 3/steps-4", "frozen"))}
 
 
 def size(text):
