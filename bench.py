@@ -25,7 +25,7 @@ import meta_gist as mg
 import self_ce
 from configurator import refuse
 from equations import by_name, gradient, inner_step, leaves
-from gists import Space, layout
+from gists import Space, layout, say_chunks
 from model import GPT, GPTConfig, adamw
 from phases import Phases
 
@@ -158,7 +158,7 @@ def meta_parts(steps, rows):
         """The same derivative by autograd through the whole unroll, every graph kept, as torchopt has it."""
         known, moved = leaves(phi), leaves(theta)
         for text in texts:
-            said = mg.say(learner, moved, known, text, (y, ()), fused=False)
+            said = say_chunks(learner, moved, text[:, :-1], y, fused=False)
             a = mg.signal(known, text[:, 1:], said)
             g = gradient(said.logp, moved, -a * mg.vocab / a.numel(), graph=True)
             moved = inner_step(moved, g, mg.inner_length)

@@ -292,8 +292,7 @@ def write_chunks(learner, theta, x, chunk, u):
 
 
 class Said(NamedTuple):
-    """The learner at every place of own and of true chunks; a gist is its last hidden state there, or that
-    of a GIST token behind it."""
+    """The learner at every place of own and of true chunks; a gist is its last hidden state there."""
     logp: torch.Tensor        # float [B, R, n, k, V], log probabilities after own prefixes
     logp_true: torch.Tensor   # float [B, n, k, V], after true ones
     gists: torch.Tensor       # float [B, R, n, k, C]
@@ -301,13 +300,12 @@ class Said(NamedTuple):
     drawn: tuple = ()         # of int [B, n, k], tokens that the learner draws after true prefixes
 
 
-def say_chunks(learner, theta, x, y, gist=None, draw=(), **options):
+def say_chunks(learner, theta, x, y, draw=(), **options):
     """The Said of own chunks y, see `write_chunks`, beside the true text x, int [B, T].
 
     One pass over the true tokens and behind them the own ones. The first place of a chunk follows the true
-    prefix in both. theta: the learner's weights by name. gist: the embedding [C] of a GIST token, which then
-    stands behind every place; what it has read is the gist there. draw: uniform numbers [B, T], some.
-    options: of the forward pass.
+    prefix in both. theta: the learner's weights by name. draw: uniform numbers [B, T], some. options: of the
+    forward pass.
     """
     (B, R, n, short), T = y.shape, x.size(1)
     packed, chunk = torch.cat((x, y.flatten(1)), 1), short + 1
@@ -317,23 +315,18 @@ def say_chunks(learner, theta, x, y, gist=None, draw=(), **options):
     rollouts = 1 + torch.arange(R, device=x.device)
     writer = torch.cat((torch.zeros_like(place), rollouts.repeat_interleave(len(own))))  # 0 is the world
     kind = torch.where(writer == 0, TRUE, OWN)
-    if gist is not None:
-        embedded = F.embedding(packed, theta["embed.weight"])
-        packed = torch.cat((embedded, gist.to(embedded.dtype).expand_as(embedded)), 1)
-        pos, writer, kind = pos.repeat(2), writer.repeat(2), torch.cat((kind, kind + GIST - TRUE))
     mask = None
     if chunk > 1:  # what is written anew sees the truth and itself, no other writing
         mask = attention_mask(kind, (pos + short) // chunk, pos)
         mask &= (writer == 0) | (writer == writer[:, None])
-    until, L = learner.config.n_layer, T + R * n * short
+    until = learner.config.n_layer
     h = functional_call(learner, theta, (packed,), dict(options, pos=pos, mask=mask, until=until))
-    parts = lambda h: (h[:, :T].unflatten(1, (n, chunk)), h[:, T:].unflatten(1, (R, n, short)))
-    (true, own), (true_gists, own_gists) = parts(h[:, :L]), parts(h[:, -L:])  # the same if gist is None
+    true, own = h[:, :T].unflatten(1, (n, chunk)), h[:, T:].unflatten(1, (R, n, short))
     speak = lambda states: (states @ theta["head.weight"].T).log_softmax(-1)
     join = lambda true, own: torch.cat((true[:, None, :, :1].expand(-1, R, -1, -1, -1), own), 3)
     logp_true = speak(true)
     drawn = tuple(sample_tokens(logp_true.detach(), u.view(B, n, chunk)) for u in draw)
-    return Said(join(logp_true, speak(own)), logp_true, join(true_gists, own_gists), true_gists, drawn)
+    return Said(join(logp_true, speak(own)), logp_true, join(true, own), true, drawn)
 
 
 # ---- which texts are near

@@ -21,7 +21,7 @@ writes alone, and gists align it with the truth, the learner's own last hidden s
 Where what it has written means what the truth says at some place of the chunk, it is taught what the truth
 says next there; elsewhere nothing. m_ji never sees x_i, so A is zero at the truth, on average. One step
 does not tell a broad match from a sharp one: with inner steps of a set length, θ′ = θ − length · g/‖g‖, κ_a
-and ν stay. A GIST token behind each place, its embedding in φ, can be taught to say what was said, too.
+and ν stay.
 
 An arm is one self phase. real: θ learns from the true tokens. frozen, self, ema: from the signal of φ as the
 meta phase left it, moved by as much of its length as the learner's embeddings since, or by a moving average
@@ -61,13 +61,12 @@ chunk = 4               # tokens that the learner writes alone, from a true pref
 kappa = 3.0             # sharpness that the critic starts with
 kappa_a = 5.0           # of chunks of 2 or more: the sharpness of the match of gists that it starts with
 nu = 0.5                # the cosine of gists at which a match is a half, that it starts with
-gist = "state"          # "state" | "token": the learner's last hidden state; that of a GIST token behind it
 # --- second order
 inner_steps = 15        # steps that the learner takes before the outer loss judges
 inner_length = 0.0      # 0: an inner step is one of AdamW, as arms take it; above 0: it has this length
 val_chunks = "random"   # "random" | "similar" | "aligned": what judges: any text, the nearest, its twin
 outer_batch = 256       # sequences that judge
-critic_rate = 0.1       # Adam's learning rate of E and GIST, falling to 0 in a line; entries are of about 1
+critic_rate = 0.1       # Adam's learning rate of E, falling to 0 in a line; its entries are of about 1
 scalar_rate = 0.3       # the same of log κ, log κ_a and ν
 pool_steps = 100        # steps after which a learner of the pool starts again; sooner if it gets worse
 # --- self phase
@@ -108,8 +107,7 @@ FIRST = ("first", "frozen_first")  # learn of the first token of a chunk alone, 
 TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED = range(12)
 EXACT, DRAWS = 4096, 4   # tokens up to which praise weighs all that might be said; draws of it above that
 SAMPLES = 2              # rollouts for each observation, in chunks of 2 or more
-SCALARS = ("log_kappa", "log_kappa_a", "nu")  # of φ, beside E and the GIST token
-MATCH = ("log_kappa_a", "nu", "gist")          # of φ, what gists are compared by
+SCALARS = ("log_kappa", "log_kappa_a", "nu")  # of φ, beside E
 POOL_SIZE, WORSE = 4, 0.2  # learners that the critic is trained on; nats of O above its best that end one
 INDEX_EVERY = 100        # meta steps after which val_chunks = "similar" makes the index of texts anew
 
@@ -175,12 +173,6 @@ def write(learner, theta, text, u):
     return write_chunks(learner, theta, text[:, :-1], chunk, u[:, draws:]), u[:, :draws].unbind(1)
 
 
-def say(learner, theta, phi, text, written, **options):
-    """The gists.Said of what was written beside a text."""
-    y, draw = written
-    return say_chunks(learner, theta, text[:, :-1], y, phi.get("gist"), draw, **options)
-
-
 def signal_gradient(learner, theta, phi, text, seen, written, arm="", graph=False):
     """(∇_θ L on this rank, (L, (log p after true prefixes [B, T, V], tokens praised most [B, R, T]))).
 
@@ -188,7 +180,7 @@ def signal_gradient(learner, theta, phi, text, seen, written, arm="", graph=Fals
     graph: θ and φ are leaves, and ∇_θ L can be derived again by both.
     """
     theta = theta if graph else leaves(theta)
-    said = say(learner, theta, phi, text, written, fused=not graph)
+    said = say_chunks(learner, theta, text[:, :-1], *written, fused=not graph)
     with torch.set_grad_enabled(graph):
         a = signal(phi, seen, said, arm)
     places = slice(1) if arm in FIRST else slice(None)
@@ -325,7 +317,7 @@ def critic_step(phases, number, mover):
     dphi, judged, (g, (loss, (logp, told))) = meta_step(
         mover["learner"], theta, phi, *batch, run.average, moments, pretrain + member["age"])
     if inner_length:  # one such step on, a broad match gains like a sharp one, and then ruins the run
-        dphi |= {n: torch.zeros_like(phi[n]) for n in MATCH if n in phi}
+        dphi |= {s: torch.zeros_like(phi[s]) for s in ("log_kappa_a", "nu")}
     text = batch[0][0]
     note(phases.tally, loss, logp, text[:, 1:], told)
     phases.take_step(critic, parts["critic_optimizer"], dphi)
@@ -401,7 +393,7 @@ def ask(phases, learner, critic, step):
     text, u, theta = wordings.world(phases, step), chance(phases, step), by_name(learner)
     seen = observed(phases, phases.arm, learner, text, step, u)
     phi, obs = by_name(critic), text[:, 1:]
-    said = say(learner, theta, phi, text, write(learner, theta, text, u))
+    said = say_chunks(learner, theta, text[:, :-1], *write(learner, theta, text, u))
     told = signal(phi, seen, said, phases.arm).argmax(-1).flatten(2)
     own = said.logp_true.argmax(-1).flatten(1)
     return own[0].tolist(), obs[0].tolist(), told[0, 0].tolist(), (told == obs[:, None]).float().mean()
@@ -414,7 +406,6 @@ def check():
     names = chosen("arms", arms, ARMS)
     refuse_if(pretrain > meta_steps, f"pretrain={pretrain} must be at most meta_steps={meta_steps}")
     refuse_if(chunk < 1 or block_size % chunk, f"chunk={chunk} must divide block_size={block_size}")
-    refuse_if(chunk == 1 and gist == "token", f"gist={gist!r}: gists are of a chunk of 2 or more")
     refuse_if(not 1 <= inner_steps <= 64, f"inner_steps={inner_steps} must be from 1 to 64")
     refuse_if(min(kappa, kappa_a) <= 0, f"kappa={kappa} and kappa_a={kappa_a} must be above 0")
     refuse_if(not inner_length and not pretrain, f"pretrain={pretrain} must be above 0 with inner_length=0")
@@ -443,11 +434,9 @@ def main():
     torch.manual_seed(seed)
     learner = GPT(GPTConfig(vocab, 1, n_layer, n_head, n_embd)).to(run.device, run.weight_dtype)
     scalars = dict(zip(SCALARS, map(torch.tensor, (math.log(kappa), math.log(kappa_a), nu))))
-    vectors = dict(E=torch.randn(vocab, n_embd))
-    vectors |= dict(gist=torch.randn(n_embd)) if gist == "token" else {}
-    critic, other = nn.ParameterDict(vectors | scalars), copy.deepcopy(learner)
-    critic.to(run.device, run.weight_dtype)
-    adam = torch.optim.Adam([{"params": [critic[name] for name in of]} for of in (vectors, scalars)])
+    critic = nn.ParameterDict(dict(E=torch.randn(vocab, n_embd), **scalars))
+    critic, other = critic.to(run.device, run.weight_dtype), copy.deepcopy(learner)
+    adam = torch.optim.Adam([{"params": [critic["E"]]}, {"params": [critic[s] for s in scalars]}])
     optimizers = dict(optimizer=adamw(learner, learning_rate), critic_optimizer=adam)
     of = lambda arm: {name: torch.from_numpy(a).to(critic["E"]) for name, a in TABLES[arm](corpus).items()}
     known = {arm: nn.ParameterDict(dict(critic.items(), **of(arm))) for arm in TABLES if arm in names}

@@ -185,7 +185,6 @@ STUDIES = {
     # Second order: a critic that starts broad and random, and the same left so, or sharpened by hand.
     "3": ("meta_gist.py", {
         "base": "",  # chunks, judged by 15 own steps
-        "token": "--gist=token",
         "dense-own": "--chunk=1 --arms=real,frozen,self,ema,shuffled,sharpen",
         "dense": f"{DENSE} --arms=real,frozen,self,ema,shuffled,sharpen",
         "synonyms": f"{SYNONYMS} {LEARNED} --arms=real,frozen,self,ema,shuffled",
@@ -220,12 +219,10 @@ STUDIES = {
         # `first` has an eighth of the targets: each is to be compared at its best rate
         "rate-.3": f"{SHIFT} {SHARP} {FROM_HAND} --self_rate=0.3",
         "rate-.1": f"{SHIFT} {SHARP} {FROM_HAND} --self_rate=0.1",
-        # E and GIST token random, scalars broad: left so, and judged by one own step, and by 15
+        # E random, scalars broad: left so, and judged by one own step, and by 15
         "broad": f"{SHIFT} {BROAD}",
         "own-1": f"{SHIFT} {BROAD} {OWN_STEPS} --inner_steps=1 --meta_steps=190",
         "own-15": f"{SHIFT} {BROAD},shuffled {OWN_STEPS} --meta_steps=190",
-        "token-by-hand": f"{SHIFT} {SHARP} --arms=real,frozen --gist=token",
-        "token": f"{SHIFT} {BROAD},shuffled {OWN_STEPS} --meta_steps=190 --gist=token",
         "long": f"{SHIFT} {SHARP} --arms=real,frozen --self_steps=800",
         "own-15-long": f"{SHIFT} {BROAD} {OWN_STEPS} --meta_steps=190 --self_steps=800 "
                        "--start={out}/study-3-shift/own-15/{seed}",

@@ -246,7 +246,7 @@ def test_own_chunks_equal_naive_writing_and_are_read_as_if_each_stood_alone(net,
     u, y = own_chunks(net, x, chunk, R)
     n = T // chunk
     assert y.shape == (2, R, n, chunk - 1)
-    after_own, after_truth, h_own, h_truth = say_chunks(net, by_name(net), x, y)
+    after_own, after_truth, h_own, h_truth, _ = say_chunks(net, by_name(net), x, y)
     assert after_own.shape == (2, R, n, chunk, V) and after_truth.shape == (2, n, chunk, V)
     assert h_own.shape == (2, R, n, chunk, 16) and h_truth.shape == (2, n, chunk, 16)
     assert torch.equal(after_own[..., 0, :], after_truth[:, None, :, 0].expand(-1, R, -1, -1))

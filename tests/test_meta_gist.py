@@ -93,32 +93,16 @@ def toy_phases(learner, critic, **parts):
 
 # ---- second order
 
-def said_plainly(learner, th, text, y, gist=None):
+def said_plainly(learner, th, text, y):
     """What `say_chunks` gives, each chunk read in a plain sequence of its own behind the true text."""
     x, k, L = text[:, :-1], mg.chunk, learner.config.n_layer
-    run = lambda s, **more: functional_call(learner, th, (s,), dict(until=L, fused=False, **more))
+    run = lambda s: functional_call(learner, th, (s,), dict(until=L, fused=False))
     speak = lambda h: (h @ th["head.weight"].T).log_softmax(-1)
-    true, n = run(x), x.size(1) // k
-    by_chunk = lambda last: torch.stack([torch.stack([last(r, m) for m in range(n)], 1)
-                                         for r in range(y.size(1))], 1)
-    own = by_chunk(lambda r, m: run(torch.cat((x[:, :m * k + 1], y[:, r, m]), 1))[:, -k:])
-    gists, true_gists = own, true
-
-    def marked(prefix, words):  # a GIST token behind each word; text does not see them
-        at = prefix.size(1) + torch.arange(words.size(1))
-        pos = torch.cat((torch.arange(prefix.size(1)), at.repeat_interleave(2)))
-        is_gist = torch.cat((torch.zeros(prefix.size(1)), torch.tensor([0, 1]).repeat(words.size(1)))).bool()
-        mask = torch.ones(len(pos), len(pos)).tril().bool() & (is_gist[:, None] | ~is_gist)
-        E = th["embed.weight"]
-        both = torch.stack((E[words], gist.expand(*words.shape, -1)), 2).flatten(1, 2)
-        return run(torch.cat((E[prefix], both), 1), pos=pos, mask=mask)[:, is_gist]
-    if gist is not None:
-        true_gists = torch.cat([marked(x[:, :0], x[:, :1]), *(
-            marked(x[:, :m * k + 1], x[:, m * k + 1:(m + 1) * k + 1]) for m in range(n))], 1)
-        gists = by_chunk(lambda r, m: torch.cat((true_gists[:, m * k:m * k + 1],
-                                                 marked(x[:, :m * k + 1], y[:, r, m])), 1))
-    places = lambda h: h.unflatten(1, (-1, k))
-    return Said(speak(own), speak(places(true)), gists, places(true_gists))
+    true = run(x).unflatten(1, (-1, k))
+    own = [[run(torch.cat((x[:, :m * k + 1], y[:, r, m]), 1))[:, -k:] for m in range(x.size(1) // k)]
+           for r in range(y.size(1))]
+    own = torch.stack([torch.stack(chunks, 1) for chunks in own], 1)
+    return Said(speak(own), speak(true), own, true)
 
 
 def signal_plainly(phi, obs, said):
@@ -240,7 +224,7 @@ def run_on(learner, theta, moments, phi, texts, ys, outer):
     (m, v), loss = moments, None
     for k, (text, y) in enumerate(zip(texts, ys), 6):
         moves = {n: p.clone().requires_grad_() for n, p in theta.items()}
-        a = signal_plainly(phi, text[:, 1:], said_plainly(learner, theta, text, y, phi.get("gist")))
+        a = signal_plainly(phi, text[:, 1:], said_plainly(learner, theta, text, y))
         loss = -(a * said_plainly(learner, moves, text, y).logp).sum(-1).mean()
         g = dict(zip(moves, torch.autograd.grad(loss, list(moves.values()))))
         size = sum(p.square().sum() for p in g.values()).sqrt()
@@ -254,12 +238,11 @@ def run_on(learner, theta, moments, phi, texts, ys, outer):
     return F.cross_entropy(logits.flatten(0, 1), outer[:, 1:].flatten())
 
 
-@pytest.mark.parametrize("steps, marked", [(1, True), (8, True), (64, False)])
-def test_through_own_steps_the_meta_gradient_is_that_of_the_whole_run(monkeypatch, steps, marked):
+@pytest.mark.parametrize("steps", [1, 8, 64])
+def test_through_own_steps_the_meta_gradient_is_that_of_the_whole_run(monkeypatch, steps):
     """By finite differences, through AdamW and its clipping, of all of φ."""
     set_toy(chunk=4, grad_clip=0.05, inner_length=0)
     learner, theta, phi = toy()
-    phi |= dict(gist=torch.randn(16).double()) if marked else {}
     texts, chances, outer = what_is_read(steps)
     moments = tuple({n: 1e-4 * torch.rand_like(p) for n, p in theta.items()} for _ in range(2))
     ys = keep_words(monkeypatch)  # drawn once: where words jump there is no derivative
@@ -300,7 +283,7 @@ def test_draws_stand_for_all_that_the_learner_might_say_without_bias(monkeypatch
 
     def found(draw):
         held = {n: t.clone().requires_grad_() for n, t in (theta | phi).items()}
-        said = mg.say(learner, held, held, text, (y, draw), fused=False)
+        said = say_chunks(learner, held, text[:, :-1], y, draw, fused=False)
         a = mg.signal(held, text[:, 1:], said)
         slopes = torch.autograd.grad((a * weights).sum(), list(held.values()), materialize_grads=True)
         return torch.cat([a.detach().flatten(), *(s.flatten() for s in slopes)])
@@ -318,7 +301,7 @@ def test_above_a_size_draws_are_made_that_are_no_rollouts(monkeypatch):
     text, u = what_is_read(1)[2], torch.rand(2, mg.DRAWS + mg.SAMPLES, 8)
     y, draw = mg.write(learner, theta, text, u)
     assert torch.equal(y, write_chunks(learner, theta, text[:, :-1], 4, u[:, mg.DRAWS:]))
-    drawn = mg.say(learner, theta, phi, text, (y, draw)).drawn
+    drawn = say_chunks(learner, theta, text[:, :-1], y, draw).drawn
     assert len(drawn) == mg.DRAWS and drawn[0].shape == (2, 2, 4)
     assert torch.equal(drawn[1].flatten(1), sample_tokens(learner(text[:, :-1]), u[:, 1]))
 
@@ -465,8 +448,7 @@ def weights(folder):
     return {f"{part}.{n}": t for part in ("learner", "critic") for n, t in state[part].items()}
 
 
-@pytest.mark.parametrize("form", ["--chunk=4 --val_chunks=similar",
-                                  "--chunk=4 --inner_length=0 --gist=token"])
+@pytest.mark.parametrize("form", ["--chunk=4 --val_chunks=similar", "--chunk=4 --inner_length=0"])
 def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_path, monkeypatch, form):
     settings = [*SMALL, *form.split(), "--arms=real,ema,shuffled", "--dtype=float64"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -479,7 +461,7 @@ def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_
     in_process(monkeypatch, SCRIPT, *resumed)
     assert log(broken) == log(whole) and len(log(broken)) == 5 + 3 * 3
     learned = [len({row[s] for row in log(whole)}) > 1 for s in ("kappa", "kappa_a", "nu")]
-    assert learned == [True, "token" in form, "token" in form]  # one normalised step would spoil the match
+    assert learned == [True, "length" in form, "length" in form]  # one normalised step would spoil the match
     found, expected = ({k: v for k, v in summary(f).items() if k != "config"} for f in (broken, whole))
     assert found == expected
     assert (broken / "samples.txt").read_text() == (whole / "samples.txt").read_text()
@@ -489,7 +471,7 @@ def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_
 
 def test_two_ranks_compute_what_one_does(tmp_path, monkeypatch):
     settings = [*SMALL, "--chunk=4", "--arms=frozen,ema,sharpen,first", "--dtype=float64", "--inner_steps=2",
-                "--val_chunks=similar", "--inner_length=0", "--gist=token"]
+                "--val_chunks=similar", "--inner_length=0"]
     one, two = tmp_path / "1", tmp_path / "2"
     in_process(monkeypatch, SCRIPT, *settings, f"--out_dir={one}")
     finish(SCRIPT, *settings, f"--out_dir={two}", ranks=2)
@@ -537,7 +519,6 @@ def test_every_arm_starts_from_the_same_snapshot_and_leaves_what_it_should(tmp_p
     ("--dataset=kjv-asv --val_chunks=aligned", "outer_batch=256: with val_chunks='aligned' it must be"),
     ("--kappa_a=0", "kappa_a=0.0 must be above 0"),
     ("--pretrain=0", "pretrain=0 must be above 0 with inner_length=0"),
-    ("--chunk=1 --gist=token", "gist='token': gists are of a chunk of 2 or more"),
     ("--inner_steps=65", "inner_steps=65 must be from 1 to 64"),
     ("--inner_steps=0", "inner_steps=0 must be from 1 to 64"),
     ("--kappa=0", "kappa=0.0 and kappa_a=5.0 must be above 0"),
