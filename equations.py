@@ -13,11 +13,10 @@ the derivative of O(θ′) by φ is that of ⟨∇_θ L(θ, φ), w⟩, where
 
     w = −(length/‖g‖)(λ − g ⟨g, λ⟩/‖g‖²)     λ pulled back through the normalisation
 
-or through whatever step is taken. Over several steps λ itself is pulled back, through the step to its θ (and
-moments), and λ += ∂_θ ⟨∇_θ L, w⟩. Exact in data parallel: g, λ and these mixed
-products are linear in what each rank sees, so g is averaged before the step and λ before the pull-back; N
-ranks then find what one finds with the whole batch. The mean of second orders that each rank computed alone
-is another thing.
+or through whatever step is taken, see `pull_back`. Over several steps λ itself is pulled back, through the
+step to its θ (and moments), and λ += ∂_θ ⟨∇_θ L, w⟩. Exact in data parallel: g, λ and these mixed products are
+linear in what each rank sees, so g is averaged before the step and λ before the pull-back; N ranks then find
+what one finds with the whole batch. The mean of second orders that each rank computed alone is another thing.
 """
 import torch
 from torch.func import functional_call, vjp
@@ -73,7 +72,7 @@ def adamw_step(theta, moments, g, rate, count, grad_clip):
 
     AdamW (arXiv 1711.05101) with g clipped to the norm grad_clip, and decay on all but the embeddings.
     """
-    clip = (grad_clip / (dot(g, g).sqrt() + 1e-6)).clamp(max=1.0)
+    clip = (grad_clip / (dot(g, g).clamp_min(1e-36).sqrt() + 1e-6)).clamp(max=1.0)
     m = {n: 0.9 * moments[0][n] + 0.1 * clip * g[n] for n in g}
     v = {n: 0.95 * moments[1][n] + 0.05 * (clip * g[n]).square() for n in g}
     size = {n: (v[n] / (1 - 0.95 ** count)).clamp_min(1e-30).sqrt() + 1e-8 for n in g}

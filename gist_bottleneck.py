@@ -49,7 +49,7 @@ from watch import note
 from wordings import NAME, world
 
 # --- experiment
-arms = "real,frozen,shuffled,random"  # any of these, and self, ema, sharpen, forecast
+arms = "real,frozen,shuffled,random"  # any of these, and self, ema, sharpen, forecast, oracle
 controls = "full,none"  # masks that the meta phase trains beside gist: any of full, none, with commas
 meta_steps = 500        # steps of cross entropy, for each mask
 self_steps = 250        # steps of each arm, on the distance of gists

@@ -52,7 +52,7 @@ from run import open_run
 from watch import MEMORY, note
 
 # --- experiment
-arms = "real,first,frozen,self,ema,shuffled"  # any of these, sharpen, frozen_first, same_place, see above
+arms = "real,first,frozen,self,ema,shuffled"  # any, sharpen, frozen_first, same_place; chunk=1: first is real
 meta_steps = 440        # steps of the meta phase: the learner's, then the critic's
 pretrain = 400          # of these, steps of the learner alone, on real text; the rest trains the critic
 self_steps = 500        # steps of each arm, with the critic's signal
@@ -104,8 +104,9 @@ ARMS = ("real", "oracle", "first", "self", "frozen", "frozen_first", "same_place
 TABLES = {"table": wordings.stands_for, "mask": wordings.rarer}  # what is known of the words: T and weights
 FIRST = ("first", "frozen_first")  # learn of the first token of a chunk alone, which follows a true prefix
 # Independent streams of data and of random numbers; MEASURE takes four.
-TEXT, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED = range(12)
+_, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED = range(12)
 EXACT, DRAWS = 4096, 4   # tokens up to which praise weighs all that might be said; draws of it above that
+LENGTH = 0.05            # of the steps by which gains are measured, where inner_length is 0
 SAMPLES = 2              # rollouts for each observation, in chunks of 2 or more
 SCALARS = ("log_kappa", "log_kappa_a", "nu")  # of φ, beside E
 POOL_SIZE, WORSE = 4, 0.2  # learners that the critic is trained on; nats of O above its best that end one
@@ -173,14 +174,14 @@ def write(learner, theta, text, u):
     return write_chunks(learner, theta, text[:, :-1], chunk, u[:, draws:]), u[:, :draws].unbind(1)
 
 
-def signal_gradient(learner, theta, phi, text, seen, written, arm="", graph=False):
+def signal_gradient(learner, theta, phi, text, seen, written, arm="", graph=False, fused=True):
     """(∇_θ L on this rank, (L, (log p after true prefixes [B, T, V], tokens praised most [B, R, T]))).
 
     seen: the observation, int [B, T]. written: see `write`. arm: of FIRST, L is that of first places.
     graph: θ and φ are leaves, and ∇_θ L can be derived again by both.
     """
     theta = theta if graph else leaves(theta)
-    said = say_chunks(learner, theta, text[:, :-1], *written, fused=not graph)
+    said = say_chunks(learner, theta, text[:, :-1], *written, fused=fused and not graph)
     with torch.set_grad_enabled(graph):
         a = signal(phi, seen, said, arm)
     places = slice(1) if arm in FIRST else slice(None)
@@ -217,7 +218,8 @@ def meta_step(learner, theta, phi, texts, chances, outer, average, moments=(), c
         theta = leaves(theta)
         words = write(learner, theta, text, u)
         seen, last = text[:, 1:], k == len(texts) - 1
-        mine, heard = signal_gradient(learner, theta, phi, text, seen, words, graph=last)
+        exact = dict(graph=last, fused=not words[1])  # the same digits again, where they decide what is drawn
+        mine, heard = signal_gradient(learner, theta, phi, text, seen, words, **exact)
         g = {n: t.detach().clone() for n, t in mine.items()}
         average(list(g.values()))
         first = first or (g, heard)
@@ -253,10 +255,10 @@ def meta_texts(phases, number, index):
     texts = [phases.text(k, INNER, split="train_other") for k in steps]
     outer, corpus, run = phases.text(number, OUTER, rows=outer_batch), phases.corpus, phases.run
     if val_chunks != "random":
-        tokens, other, n = corpus.train, corpus.train_other, outer_batch // batch_size
+        tokens, other, n = corpus.train, corpus.train_other, outer_batch // (inner_steps * batch_size)
         starts = [batch_starts(other, seed, k, batch_size, T + 1, run.rank, run.ranks, INNER) for k in steps]
         if val_chunks == "similar":
-            found = nearest(index, torch.from_numpy(starts[-1]), n, T, len(tokens))
+            found = nearest(index, torch.from_numpy(np.concatenate(starts)), n, T, len(tokens))
         else:
             found = wordings.twins(np.concatenate(starts), tokens, other, corpus.encoding, T + 1)
         outer = windows(tokens, np.ravel(found), T + 1).to(run.device)
@@ -324,6 +326,8 @@ def critic_step(phases, number, mover):
     if turn >= POOL_SIZE // 2:
         g, _ = real_gradient(learner, theta, text)
         run.average(list(g.values()))
+    for group in mover["optimizer"].param_groups:
+        group["lr"] = rate("real" if inner_length or turn >= POOL_SIZE // 2 else "frozen", 0)
     phases.take_step(mover["learner"], mover["optimizer"], g, noted=False)
     judged = run.mean(judged)
     member.update(learner=copy.deepcopy(mover["learner"].state_dict()), age=member["age"] + 1,
@@ -346,16 +350,16 @@ def shift_critic(phases, decay):
 # ---- what the log and the reports show
 
 def measure(phases, theta, number):
-    """One inner step from theta on held-out text, of outer_batch texts: not a batch's noise is to be seen.
+    """A normalised step from theta on held-out text, of four batches: not a batch's noise is to be seen.
 
     gain: nats a token that it takes off other held-out text; gain_shuffled, gain_real: with another text's
-    observation, with real targets; all equally long. cosine_real: of the signal's gradient with the real one;
+    observation, with real targets; all equally long, LENGTH where inner_length is 0. cosine_real: of the signal's gradient with the real one;
     cos_bb, cos_bb_real: of each between two batches: a memorised direction shows in it.
     """
     learner, phi, average = phases.parts["learner"], by_name(phases.parts["critic"]), phases.run.average
-    text, again, foreign = (phases.text(number, MEASURE + k, outer_batch, "val_other") for k in range(3))
-    other = phases.text(number, MEASURE + 3, outer_batch, "val")
-    u = chance(phases, number, MEASURED, outer_batch)
+    length, rows = inner_length or LENGTH, 4 * batch_size
+    text, again, foreign = (phases.text(number, MEASURE + k, rows, "val_other") for k in range(3))
+    other, u = phases.text(number, MEASURE + 3, rows, "val"), chance(phases, number, MEASURED, rows)
     signal_g, shuffled_g, again_g = (inner_gradient(learner, theta, phi, t, seen[:, 1:], u, average)[0]
                                      for t, seen in ((text, text), (text, foreign), (again, again)))
     real, more = (real_gradient(learner, theta, t)[0] for t in (text, again))
@@ -364,7 +368,7 @@ def measure(phases, theta, number):
     found = dict(cosine_real=cos(signal_g, real), cos_bb=cos(signal_g, again_g), cos_bb_real=cos(real, more))
     before, _ = real_loss(learner, theta, other)
     for name, g in dict(gain=signal_g, gain_shuffled=shuffled_g, gain_real=real).items():
-        found[name] = before - real_loss(learner, inner_step(theta, g, inner_length or 0.05), other)[0]
+        found[name] = before - real_loss(learner, inner_step(theta, g, length), other)[0]
     average(list(found.values()))
     return {name: value.item() for name, value in found.items()}
 
@@ -415,6 +419,8 @@ def check():
               f"dataset={dataset!r}: arms oracle, table, mask, val_chunks='aligned' need {wordings.NAME!r}")
     refuse_if(val_chunks == "aligned" and outer_batch != inner_steps * batch_size,
               f"outer_batch={outer_batch}: with val_chunks='aligned' it must be inner_steps * batch_size")
+    refuse_if(val_chunks == "similar" and outer_batch % (inner_steps * batch_size),
+              f"outer_batch={outer_batch}: for val_chunks='similar' a multiple of inner_steps * batch_size")
     refuse_if(val_chunks == "similar" and (block_size % PIECE or dataset == wordings.NAME),
               f"val_chunks='similar': block_size={block_size} must be a multiple of {PIECE}, of one wording")
     return names
@@ -479,7 +485,7 @@ def main():
                     signal_step(phases, arm, text, meta_steps + step)
             if arm in ("self", "ema"):
                 shift_critic(phases, ema_decay if arm == "ema" else 0.0)
-    last = [f for f in phases.kept["found"] if f["step"] > meta_steps - max(1, meta_steps // 10)]
+    last = [f for f in phases.kept["found"] if f["step"] > meta_steps - max(1, (meta_steps - pretrain) // 10)]
     found = {k: sum(f[k] for f in last) / len(last) for k in last[0] if k != "step"}
     run.say("one inner step on held-out text: " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
     phases.finish(**found)

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from configurator import check_common, configure, keep_saved, refuse
 
-FORMAT = "metalearn-2"
+FORMAT = "metalearn-3"
 GROWING = ("log.jsonl", "samples.txt")  # resuming cuts them to their length at the checkpoint
 
 

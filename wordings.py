@@ -61,8 +61,9 @@ def documents(wheel, vocab):
 # ---- who reads which wording
 
 def world(phases, step, stream=0):
-    """The text of a step, int [B, T + 1]. Of two wordings the learner speaks the first; then an arm observes
-    the other one, of the held-out books, and oracle the first. both_wordings: a meta phase of both."""
+    """The text of a step, int [B, T + 1]; stream: see `Phases.text`. Of two wordings the learner speaks the
+    first; then an arm observes the other, of the held-out books, and oracle the first. both_wordings: by turns
+    the meta phase reads both."""
     if phases.settings["dataset"] != NAME:
         return phases.text(step, stream)
     if phases.arm == "meta":

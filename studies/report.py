@@ -407,7 +407,7 @@ PAGES = {
     "stage-2.md": dict(carried=carried, gist_arms=lambda: distances("2/base 2/arms 2/forecast"),
                        forgets=forgets, meaning=meaning),
     "stage-3.md": dict(
-        own_steps=lambda: open_runs("3/base 3-chunks/bytes-4-own-15 3/dense-own"),
+        own_steps=lambda: open_runs("3/chunks 3-chunks/bytes-4-own-15 3/dense-own"),
         second_order=lambda: critics("3/dense 3/untrained 3/by-hand"),
         synonyms=synonyms,
         chunks=lambda: critics("3/chunk-4 3/chunk-4-by-hand 3/chunk-4-sharp "

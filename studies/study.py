@@ -7,6 +7,7 @@ Many runs of one script, two at a time, that go on where they were when started 
 Each run is a process of its own with one thread, in out/study-1/<name>/<seed>. A finished run has a
 summary.json and is not run again; one that was interrupted is resumed from its checkpoint.
 """
+import json
 import os
 import signal
 import subprocess
@@ -184,7 +185,7 @@ STUDIES = {
     }, FIVE),
     # Second order: a critic that starts broad and random, and the same left so, or sharpened by hand.
     "3": ("meta_gist.py", {
-        "base": "",  # chunks, judged by 15 own steps
+        "chunks": "",  # the default: chunks, judged by 15 own steps
         "dense-own": "--chunk=1 --arms=real,frozen,self,ema,shuffled,sharpen",
         "dense": f"{DENSE} --arms=real,frozen,self,ema,shuffled,sharpen",
         "synonyms": f"{SYNONYMS} {LEARNED} --arms=real,frozen,self,ema,shuffled",
@@ -263,7 +264,7 @@ STUDIES = {
         "random-judge": f"{WORDS} --meta_steps=2200 --kappa=7 --outer_batch=64 --arms=oracle,frozen",
         "learned-long": f"{ALIGNED} --meta_steps=5000 --arms=oracle,frozen",
         # E judged over several steps: normalised ones, and the learner's own
-        "steps-4": f"{ALIGNED} --meta_steps=2200 --inner_steps=4 --outer_batch=64 --arms=oracle,frozen",
+        "steps-4-all": f"{ALIGNED} --meta_steps=2200 --inner_steps=4 --outer_batch=64 --arms=oracle,frozen",
         "own-8": f"{ALIGNED} --meta_steps=1400 --inner_length=0 --inner_steps=8 --outer_batch=128 "
                  "--arms=oracle,frozen",
     }, FIVE),
@@ -279,10 +280,21 @@ STUDIES = {
                       "--start={out}/study-3-long/dense/{seed}",
         "dense-shuffled": f"{DENSE} --self_steps=1000 --arms=shuffled,sharpen "
                           "--start={out}/study-3-long/dense/{seed}",
-        "plays": f"{PLAYS} --chunk=4 --kappa=7 --kappa_a=20 --nu=0.95 "
-                 f"--arms=real,first,frozen --self_steps=5000 {SHIFT_STEPS}",
+        "plays-nu-.95": f"{PLAYS} --chunk=4 --kappa=7 --kappa_a=20 --nu=0.95 "
+                        f"--arms=real,first,frozen --self_steps=5000 {SHIFT_STEPS}",
     }, THREE),
 }
+
+
+def refuse_other_settings(folder, words):
+    """Refuses a run of a point whose settings have changed since."""
+    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    asked = dict(word[2:].split("=", 1) for word in words)
+    for name, value in asked.items():
+        kept = saved.get(name)
+        same = float(value) == kept if isinstance(kept, float) else value.lower() == str(kept).lower()
+        if not same and name not in ("out_dir", "start", "critic_from"):
+            refuse(f"{folder} was run with {name}={kept}, the study says {value}; move it away to run it anew")
 
 
 def jobs(study):
@@ -293,6 +305,8 @@ def jobs(study):
             folder = OUT / f"study-{study}" / name / str(seed)
             words = settings.format(seed=seed, out=OUT).split()
             command = [sys.executable, ROOT / script, f"--seed={seed}", f"--out_dir={folder}", *words]
+            if (folder / "config.json").exists():
+                refuse_other_settings(folder, words)
             if (folder / "ckpt.pt").exists():
                 command = [sys.executable, ROOT / script, f"--resume={folder}"]
             yield folder, command

@@ -192,7 +192,7 @@ def test_two_ranks_find_the_second_order_of_one_and_the_mean_of_their_own_would_
 def test_between_inner_steps_nothing_is_kept_that_has_a_graph(monkeypatch):
     set_toy(chunk=4)
     kept, real = [], mg.signal_gradient
-    keep = lambda *a, graph: kept.append(real(*a, graph=graph)) or kept[-1]
+    keep = lambda *a, **how: kept.append(real(*a, **how)) or kept[-1]
     monkeypatch.setattr(mg, "signal_gradient", keep)
     learner, theta, phi = toy()
     *found, first = mg.meta_step(learner, theta, phi, *what_is_read(3), alone)
@@ -204,7 +204,7 @@ def test_between_inner_steps_nothing_is_kept_that_has_a_graph(monkeypatch):
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
-def test_forward_mode_keeps_its_digits_in_bfloat16(monkeypatch, chunk):
+def test_the_meta_step_keeps_its_digits_in_bfloat16(monkeypatch, chunk):
     set_toy(chunk=chunk)
     learner, theta, phi = toy()
     theta, phi = ({n: t.float() for n, t in weights.items()} for weights in (theta, phi))
@@ -524,7 +524,8 @@ def test_every_arm_starts_from_the_same_snapshot_and_leaves_what_it_should(tmp_p
     ("--kappa=0", "kappa=0.0 and kappa_a=5.0 must be above 0"),
     ("--outer_batch=8", "outer_batch=8 must be a multiple of batch_size=16"),
     ("--outer_batch=40", "outer_batch=40 must be a multiple of batch_size=16"),
-    ("--val_chunks=similar --block_size=24", "block_size=24 must be a multiple of 16"),
+    ("--val_chunks=similar", "outer_batch=256: for val_chunks='similar' a multiple of inner_steps * batch_size"),
+    ("--val_chunks=similar --inner_steps=1 --block_size=24", "block_size=24 must be a multiple of 16"),
     ("--ema_decay=1", "ema_decay=1.0 must be below 1"),
     ("--train_tokens=20", "asks for texts of"),
     ("--resume=no/such/run", "holds no ckpt.pt"),

@@ -167,7 +167,7 @@ def test_a_number_that_is_not_finite_is_never_logged(make_run, tmp_path):
     (None, "holds no ckpt.pt"),
     (b"PK\x03\x04 half of a zip", "damaged or half written"),
     (dict(weights=1), "is no checkpoint of this project"),
-    (dict(format="metalearn-2", stage="meta_gist"), "is a checkpoint of meta_gist.py"),
+    (dict(format="metalearn-3", stage="meta_gist"), "is a checkpoint of meta_gist.py"),
 ])
 def test_checkpoints_that_cannot_be_resumed_are_refused(tmp_path, content, message, capsys):
     (tmp_path / "old").mkdir()
@@ -241,7 +241,7 @@ def test_the_end_of_each_arm_is_kept_and_a_missing_one_is_told(make_run, capsys)
         torch.nn.init.constant_(net.weight, k)
         run.keep_end(arm, net)
     end = read_end(run.out_dir, "real", "script")
-    assert (end["format"], end["stage"], end["arm"]) == ("metalearn-2", "script", "real")
+    assert (end["format"], end["stage"], end["arm"]) == ("metalearn-3", "script", "real")
     assert torch.equal(end["weights"]["weight"], torch.zeros(2, 2))
     assert is_refused(capsys, "'ema'; it holds real, self", read_end, run.out_dir, "ema", "script")
     assert is_refused(capsys, "is a checkpoint of script.py", read_end, run.out_dir, "self", "meta_gist")
@@ -261,7 +261,7 @@ def test_a_meta_phase_is_lent_only_to_runs_that_would_have_gone_through_the_same
 
 
 def test_a_critic_comes_from_a_bottleneck_of_the_same_shape(make_run, tmp_path, capsys):
-    state = dict(AT, meta={}, snapshot=dict(learner=7), config=dict(vocab=9, n_layer=3), format="metalearn-2",
+    state = dict(AT, meta={}, snapshot=dict(learner=7), config=dict(vocab=9, n_layer=3), format="metalearn-3",
                  stage="gist_bottleneck")
     torch.save(state, tmp_path / "ckpt.pt")
     assert read_bottleneck(str(tmp_path), "cpu", "plays", vocab=9) == dict(vocab=9, n_layer=3, weights=7)

@@ -44,6 +44,8 @@ def test_a_study_killed_by_sigkill_continues_and_repeats_nothing(tmp_path):
     assert not list(tmp_path.glob("study-tiny/*/*-1")), "a run was begun anew instead of resumed"
     again = run(tmp_path)
     assert again.returncode == 0 and again.stdout == ""
+    other = run(tmp_path, PROGRAM.replace("--batch_size=4", "--batch_size=8"))
+    assert other.returncode == 2 and "was run with batch_size=4, the study says 8" in other.stderr
 
 
 def test_a_study_says_which_run_it_needs_first(tmp_path):

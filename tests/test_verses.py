@@ -10,8 +10,8 @@ import prepare_data as pd
 def test_verses_are_drawn_of_a_run_on_two_wordings_and_of_no_other(tmp_path, monkeypatch, capsys):
     from studies import verses
     small = ("--n_layer=1 --n_embd=16 --block_size=16 --batch_size=4 --outer_batch=4 --pretrain=2 "
-             "--meta_steps=3 --self_steps=2 --eval_interval=2 --eval_windows=4").split()
-    two = "--dataset=kjv-asv --vocab=1024 --arms=oracle,frozen".split()
+             "--meta_steps=3 --self_steps=2 --eval_interval=2 --eval_windows=4 --inner_steps=2").split()
+    two = "--dataset=kjv-asv --vocab=1024 --arms=oracle,frozen --chunk=1".split()
     in_process(monkeypatch, "meta_gist.py", *two, *small, f"--out_dir={tmp_path / 'run'}")
     monkeypatch.setattr(sys, "argv", ["verses.py", str(tmp_path / "run")])
     verses.main()
