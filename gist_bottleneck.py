@@ -1,7 +1,7 @@
 """
 Stage 2: can a language model learn from how far the gist of its own text is from the gist of the truth?
 
-    python gist_bottleneck.py                                      # two cores, about 4 minutes
+    python gist_bottleneck.py                                      # two cores, about 2 minutes
     python gist_bottleneck.py --chunk=8 --n_gist=2                 # any setting below
     torchrun --standalone --nproc_per_node=2 gist_bottleneck.py    # the same run on two ranks
 

@@ -1,7 +1,7 @@
 """
 Stage 3: can the signal itself be learned, by how much learning from it helps?
 
-    python meta_gist.py                                     # two cores, about 4 minutes
+    python meta_gist.py                                     # two cores, about 2 minutes
     python meta_gist.py --chunk=1                           # the learner writes one token at a time
     torchrun --standalone --nproc_per_node=8 meta_gist.py   # the same run on any number of ranks
 

@@ -1,7 +1,7 @@
 """
 Stage 1: can a language model learn from tokens that it names itself?
 
-    python self_ce.py                                          # two cores, about 3 minutes
+    python self_ce.py                                          # two cores, about 2 minutes
     python self_ce.py --arms=self,real --keep_meta=0.1         # any setting below
     torchrun --standalone --nproc_per_node=2 self_ce.py        # the same run on two ranks
 
