@@ -6,8 +6,8 @@
 # make study-2, study-2-meaning, study-3, study-3-shift, ...   the same of stages 2 and 3
 PYTHON ?= python3
 BIN := .venv/bin
-STUDIES := study-1 study-1-long study-2 study-2-meaning study-2-words study-3 study-3-forms study-3-shift study-3-chunks \
-    study-3-words study-3-facts study-3-ranks study-3-long
+STUDIES := study-1 study-1-long study-2 study-2-meaning study-2-words study-3 study-3-forms study-3-shift \
+    study-3-chunks study-3-words study-3-facts study-3-ranks study-3-long
 
 .PHONY: run words test $(STUDIES)
 run: .venv/installed

@@ -30,7 +30,7 @@ TOY = dict(vocab=13, n_embd=16, block_size=8, SAMPLES=2, batch_size=2, outer_bat
 @pytest.fixture(autouse=True)
 def toy_settings(monkeypatch):
     """Settings of a toy; `set_toy` may change them, and they are put back."""
-    changed = "chunk", "pool_steps", "val_chunks", "grad_clip"
+    changed = "chunk", "pool_steps", "val_chunks", "grad_clip", "self_rate"
     for name in (*TOY, *changed):
         monkeypatch.setattr(mg, name, TOY.get(name, getattr(mg, name)))
 
@@ -217,6 +217,22 @@ def test_the_meta_step_keeps_its_digits_in_bfloat16(monkeypatch, chunk):
     assert 0 < apart(rough, exact) < (0.05 if chunk == 1 else 0.1)  # a match sharpens the digits of gists
 
 
+def test_what_is_drawn_is_the_same_where_a_graph_is_made_again(monkeypatch):
+    """In bfloat16, where two ways to the same attention differ in their digits, and so in what they draw."""
+    set_toy(chunk=4)
+    monkeypatch.setattr(mg, "EXACT", 5)
+    learner, theta, phi = toy()
+    theta, phi = ({n: t.float() for n, t in weights.items()} for weights in (theta, phi))
+    texts, _, outer = what_is_read(3)
+    chances, drawn, real = list(torch.rand(3, 2, mg.DRAWS + mg.SAMPLES, 8)), [], mg.say_chunks
+    keep = lambda *a, **how: drawn.append(real(*a, **how)) or drawn[-1]
+    monkeypatch.setattr(mg, "say_chunks", keep)
+    with torch.autocast("cpu", torch.bfloat16):
+        mg.meta_step(learner.float(), theta, phi, texts, chances, outer, alone)
+    first, second, _, second_again, first_again = (torch.stack(said.drawn) for said in drawn)
+    assert torch.equal(first, first_again) and torch.equal(second, second_again)
+
+
 # ---- own steps
 
 def run_on(learner, theta, moments, phi, texts, ys, outer):
@@ -387,9 +403,9 @@ def test_first_and_frozen_first_learn_of_the_first_token_of_each_chunk_alone():
 
 # ---- what moves
 
-@pytest.mark.parametrize("chunk", [1, 4])
-def test_learners_of_the_pool_step_as_the_arms_do_and_start_again_when_they_are_old_or_hacked(chunk):
-    set_toy(chunk=chunk, pool_steps=2, WORSE=100.0)
+@pytest.mark.parametrize("chunk, own", [(1, False), (4, False), (4, True)])
+def test_learners_of_the_pool_step_as_the_arms_do_and_start_again_when_they_are_old_or_hacked(chunk, own):
+    set_toy(chunk=chunk, pool_steps=2, WORSE=100.0, **(dict(inner_length=0, self_rate=0.5) if own else {}))
     learner, _, phi = toy()
     critic = critic_of(phi)
     optimizer, mover = adamw(learner, 1e-3), copy.deepcopy(learner)
@@ -402,6 +418,8 @@ def test_learners_of_the_pool_step_as_the_arms_do_and_start_again_when_they_are_
         arm = copy.deepcopy(pretrained)
         mind = adamw(arm, 1e-3)
         mind.load_state_dict(copy.deepcopy(state))
+        for group in mind.param_groups:  # judged by own steps, it takes them at the arm's rate
+            group["lr"] = 5e-4 if own and turn < 2 else 1e-3
         stand_in = toy_phases(arm, copy.deepcopy(critic), optimizer=mind)
         text, u = phases.text(turn, mg.INNER), mg.chance(phases, turn, mg.ROLLOUT)
         if turn < 2:
@@ -487,7 +505,7 @@ def test_two_ranks_compute_what_one_does(tmp_path, monkeypatch):
 def test_every_arm_starts_from_the_same_snapshot_and_leaves_what_it_should(tmp_path, monkeypatch):
     out, lent = tmp_path / "run", tmp_path / "lent"
     arms = ["real", "first", "self", "frozen", "frozen_first", "ema", "shuffled", "sharpen"]
-    settings = [*SMALL, "--chunk=2"]
+    settings = [*SMALL, "--chunk=2", "--pretrain=34", "--meta_steps=40"]
     in_process(monkeypatch, SCRIPT, *settings, f"--arms={','.join(arms)}", f"--out_dir={out}")
     left = "log.jsonl ckpt.pt config.json samples.txt summary.json curves.png ends sources"
     assert set(left.split()) <= {p.name for p in out.iterdir()}
@@ -499,7 +517,7 @@ def test_every_arm_starts_from_the_same_snapshot_and_leaves_what_it_should(tmp_p
     ends = [torch.load(out / f"ends/{arm}.pt", weights_only=True)["weights"]["head.weight"] for arm in arms]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(ends, 2))
     meta = [row for row in rows if row["arm"] == "meta" and "gain" in row]
-    assert [row["step"] for row in meta] == [6, 9, 12] and meta[-1]["kappa"] != meta[0]["kappa"]
+    assert [row["step"] for row in meta] == [36, 39, 40] and meta[-1]["kappa"] != meta[0]["kappa"]
     for name in ("gain", "gain_shuffled", "gain_real", "cosine_real", "cos_bb", "cos_bb_real"):
         assert math.isfinite(found[name]) and found[name] == pytest.approx(meta[-1][name], rel=1e-4)
     targets = {arm: [row["real_targets"] for row in rows if row["arm"] == arm][-1] for arm in arms}
