@@ -28,10 +28,9 @@ import copy
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.func import grad, grad_and_value, jvp
 
 from configurator import chosen, refuse_if
-from equations import bound, by_name, follow, inner_step, pull_back
+from equations import bound, by_name, dot, follow, gradient, inner_step, leaves, pull_back
 from model import GPT, GPTConfig, adamw
 from phases import Phases, read_corpus
 from prepare_data import val_windows
@@ -181,41 +180,32 @@ def log_p(learner, theta, x, **options):
     return bound(learner, theta)(x, **options).log_softmax(-1)
 
 
-def inner_loss(teacher, logp):
-    """L(θ, φ) = −Σ_v T_φ(v) log p_θ(v), nats a token; teacher: the critic's distribution T, [B, T, V]."""
-    return -(teacher * logp).sum(-1).mean()
-
-
 def outer_loss(learner, theta, text):
     """O(θ): cross entropy of other text, nats a token."""
     return cross_entropy(log_p(learner, theta, text[:, :-1]), text[:, 1:])
 
 
-def mixed_product(learner, theta, phi, x, teacher, w):
-    """∂_φ ⟨∇_θ L, w⟩ = ∂_φ [−Σ_v T_φ(v) ℓ̇(v)], with ℓ̇ = d/dε log p_{θ+εw}, one forward derivative."""
-    _, moves = jvp(lambda th: log_p(learner, th, x, fused=False), (theta,), (w,))
-    return dict(zip(phi, torch.autograd.grad(inner_loss(teacher, moves), list(phi.values()))))
-
-
 def second_order(learner, critic, text, own, outer_text, average):
     """How the critic should have moved the learner's step: (dφ = ∂O(θ′)/∂φ by name, gain of the step, nats).
 
-    θ′ is one step on the critic's distribution, O the cross entropy of other text. dφ is linear in
-    what each rank sees and is averaged with the other gradients.
+    θ′ is one step on L(θ, φ) = −Σ_v T_φ(v) log p_θ(v), T the critic's distribution; O the cross entropy of
+    other text. dφ is linear in what each rank sees and is averaged with the other gradients.
     """
-    x, obs = text[:, :-1], text[:, 1:]
-    theta, phi = by_name(learner), {n: p.requires_grad_() for n, p in by_name(critic).items()}
-    teacher = critic_logits(bound(critic, phi), own, obs).softmax(-1)
-    g = grad(lambda th: inner_loss(teacher.detach(), log_p(learner, th, x)))(theta)
+    theta, phi = leaves(by_name(learner)), leaves(by_name(critic))
+    teacher = critic_logits(bound(critic, phi), own, text[:, 1:]).softmax(-1)
+    logp = log_p(learner, theta, text[:, :-1], fused=False)
+    mine = gradient(logp, theta, -teacher * vocab / teacher.numel(), graph=True)             # ∇_θ L
+    g = {n: t.detach().clone() for n, t in mine.items()}
     average(list(g.values()))
-    moved = inner_step(theta, g, inner_length)
-    lam, after = grad_and_value(lambda th: outer_loss(learner, th, outer_text))(moved)
+    step = lambda g: inner_step(by_name(learner), g, inner_length)
+    moved = leaves(step(g))
+    after = outer_loss(learner, moved, outer_text)
+    lam = gradient(after, moved)
     average(list(lam.values()))
-    w, = pull_back(lambda g: inner_step(theta, g, inner_length), lam, g)
-    dphi = mixed_product(learner, theta, phi, x, teacher, w)
+    w, = pull_back(step, lam, g)
     with torch.no_grad():
         gain = outer_loss(learner, theta, outer_text) - after
-    return dphi, gain
+    return gradient(dot(mine, w), phi), gain                                                # ∂_φ ⟨∇_θ L, w⟩
 
 
 # ---- the rescue
@@ -282,6 +272,7 @@ def ask(phases, learner, critic):
 def check():
     """The arms by name. Refuses settings that cannot be."""
     refuse_if(order not in (1, 2), f"order={order} must be 1 (imitation) or 2 (imitation and second order)")
+    refuse_if(order == 2 and compile, "order=2 needs compile=False: what is compiled has no second derivative")
     refuse_if(adversarial > 1, f"adversarial={adversarial} must be at most 1: it is a share")
     refuse_if(rescue_steps and meta_steps < 100, f"rescue_steps={rescue_steps} waits for the watch's alarm, "
               f"which needs 100 meta_steps or more, not {meta_steps}")

@@ -319,6 +319,7 @@ def test_wandb_is_imported_only_if_asked_and_is_shown_rows_table_and_picture(tmp
     (["--n_embd=100", "--n_head=3"], "n_embd=100 must be an even multiple of n_head=3"),
     (["--n_layer=0"], "n_layer=0 must be above 0"),
     (["--order=3"], "order=3 must be 1"),
+    (["--order=2", "--compile=true"], "order=2 needs compile=False"),
     (["--rescue_steps=5", "--meta_steps=50"], "rescue_steps=5 waits for the watch's alarm"),
     (["--ema_decay=1"], "ema_decay=1.0 must be below 1"),
     (["--adversarial=1.5"], "adversarial=1.5 must be at most 1"),
