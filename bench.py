@@ -37,11 +37,12 @@ STATUS = Path("/proc/self/status")  # Linux alone has it
 class Alone:
     """What the steps of a script ask of its Phases and of its Run, on one rank."""
     rank, ranks, arm, average = 0, 1, "frozen", staticmethod(lambda tensors: None)
-    chance, take_step, judge = Phases.chance, Phases.take_step, lambda self: self.parts["critic"]
+    chance, share, take_step = Phases.chance, Phases.share, Phases.take_step
+    judge, piece = lambda self: self.parts["critic"], None
 
     def __init__(self, script, **parts):
         self.run, self.parts, self.tally, self.device = self, parts, {}, torch.device("cpu")
-        self.settings = {k: getattr(script, k) for k in ("seed", "batch_size", "grad_clip")}
+        self.settings = {k: getattr(script, k) for k in ("seed", "batch_size", "grad_clip", "grad_accum")}
 
 
 class Baseline(nn.Module):

@@ -26,11 +26,11 @@ import tokenize
 from pathlib import Path
 
 POSITIVE = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "eval_interval", "eval_windows",
-            "save_interval", "learning_rate", "grad_clip", "vocab")
+            "save_interval", "learning_rate", "grad_clip", "grad_accum", "vocab")
 # What may differ when a run is resumed: how it computes, and which arms it adds; never what it computes.
 FREE_ON_RESUME = ("arms", "device", "compile", "wandb_log", "save_interval", "resume")
 # What no meta phase reads: with `start`, the other settings must be those of the run started from.
-SELF_PHASE = ("arms", "self_steps", "ema_decay", "eval_interval", "eval_windows", "save_interval",
+SELF_PHASE = ("arms", "self_steps", "ema_decay", "decay", "eval_interval", "eval_windows", "save_interval",
               "device", "compile", "out_dir", "resume", "start", "wandb_log")
 
 
@@ -174,8 +174,9 @@ def check_common(settings):
         folder, out_dir = settings.get(name), settings.get("out_dir", "")
         same = folder and os.path.realpath(folder) == os.path.realpath(out_dir)
         refuse_if(same, f"{name}={folder!r} is out_dir too, and would be moved aside; name another --out_dir")
-    share = settings.get("ema_decay", 0)
+    share, left = settings.get("ema_decay", 0), settings.get("decay", 1)
     refuse_if(share >= 1, f"ema_decay={share} must be below 1: it is the share of the old weights that stays")
+    refuse_if(left > 1, f"decay={left} must be at most 1: it is the share of the learning rate that is left")
     n_embd, n_head = settings["n_embd"], settings["n_head"]
     if n_embd % n_head or (n_embd // n_head) % 2:
         refuse(f"n_embd={n_embd} must be an even multiple of n_head={n_head} (rotary positions turn pairs)")

@@ -41,6 +41,11 @@ def gradient(value, weights, along=None, graph=False):
     return dict(zip(weights, torch.autograd.grad(value, wrt, along, **options)))
 
 
+def add_up(total, g, share):
+    """total + share · g by name, in the memory of total; share · g where total is empty. No graph is kept."""
+    return {n: total[n].add_(t.detach(), alpha=share) if total else t.detach() * share for n, t in g.items()}
+
+
 def bound(module, weights):
     """The module as a function that has other weights."""
     return lambda *inputs, **options: functional_call(module, weights, inputs, options)

@@ -37,6 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from checkpoints import read_bottleneck
 from configurator import chosen, refuse_if
 from equations import follow, praise
 from gists import (LARGEST_FORECAST, Space, carried, layout, make_spaces, past_of, read, score_function,
@@ -44,8 +45,8 @@ from gists import (LARGEST_FORECAST, Space, carried, layout, make_spaces, past_o
 from model import GPT, GPTConfig, adamw
 from phases import REAL, Phases, read_corpus
 from prepare_data import corpus_id, val_windows
-from run import open_run, read_bottleneck
-from watch import note
+from run import open_run
+from watch import note, streams
 from wordings import NAME, world
 
 # --- experiment
@@ -80,6 +81,8 @@ learning_rate = 6e-3    # AdamW, in the meta phase, the last 30 % of which it fa
 self_learning_rate = 2e-4  # a learner at its peak rate would gain from any signal that slows it
 warmup = 50             # steps from 0 to learning_rate, at the start of the meta phase
 grad_clip = 1.0         # largest gradient norm
+grad_accum = 1          # pieces of a rank's batch, one after the other: the same numbers in less memory
+decay = 1.0             # the share of its learning rate that an arm ends with; it falls in a line
 # --- run
 seed = 1                # of weights and data
 eval_interval = 25      # steps between two lines of the log
@@ -229,12 +232,14 @@ def calibrate(phases, learner, critic, space, lay):
     watches, tally = phases.kept["watches"], {}
     if space.kind not in watches:
         for step in range(1, RULER_STEPS + 1):
-            with phases.run.autocast():
-                text = phases.text(step, RULER)
-                self_loss(phases, "frozen", learner, critic, space, lay, text, step, tally)
-        phases.run.average([tally["stream"]])
+            for _ in phases.pieces():
+                with phases.run.autocast():
+                    text = phases.text(step, RULER)
+                    self_loss(phases, "frozen", learner, critic, space, lay, text, step, tally)
+        healthy = streams(tally, grad_accum)
+        phases.run.average([healthy])
         agreement = examine(phases.run, phases.corpus, critic, space, lay)["agreement_probe"]
-        phases.watch.calibrate(tally["stream"].cpu(), batch_size * block_size, agreement, 4 * block_size)
+        phases.watch.calibrate(healthy.cpu(), batch_size * block_size, agreement, 4 * block_size)
         watches[space.kind] = phases.watch.state_dict()
     phases.watch.load_state_dict(watches[space.kind])
 
@@ -350,18 +355,19 @@ def main():
 
     # ---- meta phase: cross entropy through the bottleneck, and through the masks of the controls
     for step in phases.meta(meta_steps):
-        text = world(phases, step)
         for how in masks:
             for group in optimizers[how].param_groups:
                 group["lr"] = rate("meta", step)
-            with run.autocast():
-                loss = real_loss(models[how], lay, text, how, phases.tally if how == "gist" else None)
-            loss.backward()
+            for _ in phases.pieces():
+                with run.autocast():
+                    tally = phases.tally if how == "gist" else None
+                    loss = real_loss(models[how], lay, world(phases, step), how, tally)
+                (loss / grad_accum).backward()
             phases.take_step(models[how], optimizers[how], noted=how == "gist")
     phases.drop(*(f"optimizer_{how}" for how in masks[1:]))
     if phases.snapshot is None:
         texts = val_windows(corpus.val, eval_windows, block_size + 1).to(run.device)
-        phases.kept["found"] = carried(models, lay, texts, chunk, batch_size, run.autocast)
+        phases.kept["found"] = carried(models, lay, texts, chunk, batch_size // grad_accum, run.autocast)
         run.say(f"cross entropy of later chunks, and what gists carry: {phases.kept['found']}")
         phases.take_snapshot()
     phases.drop(*masks[1:])
@@ -374,13 +380,14 @@ def main():
         if phases.at["step"] == 0:
             calibrate(phases, learner, critic, space, lay)
         for step in phases.steps(self_steps):
-            text = world(phases, meta_steps + step)
-            with run.autocast():
-                if arm in REAL:
-                    loss = real_loss(learner, lay, text, "gist", phases.tally)
-                else:
-                    loss = self_loss(phases, arm, learner, critic, space, lay, text, step, phases.tally)
-            loss.backward()
+            for _ in phases.pieces():
+                text = world(phases, meta_steps + step)
+                with run.autocast():
+                    if arm in REAL:
+                        loss = real_loss(learner, lay, text, "gist", phases.tally)
+                    else:
+                        loss = self_loss(phases, arm, learner, critic, space, lay, text, step, phases.tally)
+                (loss / grad_accum).backward()
             phases.take_step(learner, optimizers["gist"])
             if arm in ("self", "ema"):
                 follow(critic, learner, ema_decay if arm == "ema" else 0.0)

@@ -18,7 +18,6 @@ from torch.func import functional_call
 
 from model import GIST, OWN, TRUE, attention_mask, rollout, sample_tokens
 
-PIECE = 16               # tokens of a piece of text that has a gist in the index
 LARGEST_FORECAST = 4096  # tokens: the principal directions of forecasts are those of a matrix [V, V]
 
 
@@ -297,15 +296,13 @@ class Said(NamedTuple):
     logp_true: torch.Tensor   # float [B, n, k, V], after true ones
     gists: torch.Tensor       # float [B, R, n, k, C]
     gists_true: torch.Tensor  # float [B, n, k, C]
-    drawn: tuple = ()         # of int [B, n, k], tokens that the learner draws after true prefixes
 
 
-def say_chunks(learner, theta, x, y, draw=(), **options):
+def say_chunks(learner, theta, x, y, **options):
     """The Said of own chunks y, see `write_chunks`, beside the true text x, int [B, T].
 
     One pass over the true tokens and behind them the own ones. The first place of a chunk follows the true
-    prefix in both. theta: the learner's weights by name. draw: uniform numbers [B, T], some. options: of the
-    forward pass.
+    prefix in both. theta: the learner's weights by name. options: of the forward pass.
     """
     (B, R, n, short), T = y.shape, x.size(1)
     packed, chunk = torch.cat((x, y.flatten(1)), 1), short + 1
@@ -325,35 +322,4 @@ def say_chunks(learner, theta, x, y, draw=(), **options):
     speak = lambda states: (states @ theta["head.weight"].T).log_softmax(-1)
     join = lambda true, own: torch.cat((true[:, None, :, :1].expand(-1, R, -1, -1, -1), own), 3)
     logp_true = speak(true)
-    drawn = tuple(sample_tokens(logp_true.detach(), u.view(B, n, chunk)) for u in draw)
-    return Said(join(logp_true, speak(own)), logp_true, join(true, own), true, drawn)
-
-
-# ---- which texts are near
-
-def make_index(tokens, table):
-    """Gists of all pieces of `tokens`, unit vectors [pieces, C] about their mean. table: float [V, C]."""
-    pieces = len(tokens) // PIECE
-    ids = torch.from_numpy(tokens[:pieces * PIECE].astype(np.int64)).view(pieces, PIECE)
-    means = F.embedding_bag(ids, table.detach().float().cpu(), mode="mean")
-    return F.normalize(means - means.mean(0), dim=-1)
-
-
-def nearest(index, starts, n, T, length, block=65536):
-    """Starts [B, n] of the texts around the n pieces that are most like a piece of the texts at `starts`.
-
-    starts: int [B]; a text has T tokens and one more, of `length` in all. Exact: every piece is compared, a
-    block of them at a time. None overlaps the text that asks.
-    """
-    inside = (starts[:, None] + PIECE - 1) // PIECE + torch.arange(T // PIECE)             # [B, pieces]
-    asks = index[inside.clamp(max=len(index) - 1)]                                         # [B, pieces, C]
-    around = (PIECE * torch.arange(len(index)) - (T - PIECE) // 2).clamp(0, length - T - 1)
-    best = torch.full((len(starts), n), -math.inf)
-    which = torch.zeros(len(starts), n, dtype=torch.long)
-    for i in range(0, len(index), block):
-        score = (asks @ index[i:i + block].T).amax(1)
-        score[(around[i:i + block] - starts[:, None]).abs() <= T] = -math.inf
-        best, order = torch.cat((best, score), 1).topk(n)
-        here = torch.arange(i, i + score.size(1)).expand(len(starts), -1)
-        which = torch.cat((which, here), 1).gather(1, order)
-    return around[which]
+    return Said(join(logp_true, speak(own)), logp_true, join(true, own), true)

@@ -42,11 +42,12 @@ from torch.func import functional_call
 
 import wordings
 from configurator import chosen, refuse_if
-from equations import (adamw_step, add, by_name, dot, gradient, inner_step, leaves, moments_of, praise,
+from equations import (adamw_step, add, add_up, by_name, dot, gradient, inner_step, leaves, moments_of, praise,
                        pull_back)
-from gists import PIECE, Said, make_index, nearest, say_chunks, write_chunks
+from gists import Said, say_chunks, write_chunks
 from model import GPT, GPTConfig, adamw, sample_tokens
 from phases import REAL, Phases, read_corpus
+from pool import SIZE, Pool
 from prepare_data import batch_starts, val_windows, windows
 from run import open_run
 from watch import MEMORY, note
@@ -64,11 +65,10 @@ nu = 0.5                # the cosine of gists at which a match is a half, that i
 # --- second order
 inner_steps = 15        # steps that the learner takes before the outer loss judges
 inner_length = 0.0      # 0: an inner step is one of AdamW, as arms take it; above 0: it has this length
-val_chunks = "random"   # "random" | "similar" | "aligned": what judges: any text, the nearest, its twin
+val_chunks = "random"   # "random" | "aligned": what judges: any text, or the same in the other wording
 outer_batch = 256       # sequences that judge
 critic_rate = 0.1       # Adam's learning rate of E, falling to 0 in a line; its entries are of about 1
 scalar_rate = 0.3       # the same of log κ, log κ_a and ν
-pool_steps = 100        # steps after which a learner of the pool starts again; sooner if it gets worse
 # --- self phase
 self_rate = 1.0         # learning rate of the self phase, as a share of learning_rate
 ema_decay = 0.999       # arm ema: the share by which the critic stays behind the learner, each step
@@ -86,6 +86,8 @@ batch_size = 16         # sequences a step, over all ranks
 learning_rate = 1e-3    # AdamW, constant after the warm-up
 warmup = 50             # steps from 0 to learning_rate
 grad_clip = 1.0         # largest gradient norm
+grad_accum = 1          # pieces of a rank's batch, one after the other: the same numbers in less memory
+decay = 1.0             # the share of its learning rate that an arm ends with; it falls in a line
 # --- run
 seed = 1                # of weights and data
 eval_interval = 25      # steps between two lines of the log
@@ -105,12 +107,12 @@ TABLES = {"table": wordings.stands_for, "mask": wordings.rarer}  # what is known
 FIRST = ("first", "frozen_first")  # learn of the first token of a chunk alone, which follows a true prefix
 # Independent streams of data and of random numbers; MEASURE takes four.
 _, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED = range(12)
-EXACT, DRAWS = 4096, 4   # tokens up to which praise weighs all that might be said; draws of it above that
+EXACT = 4096             # the commonest tokens, which praise weighs one by one; of the others it draws
 LENGTH = 0.05            # of the steps by which gains are measured, where inner_length is 0
 SAMPLES = 2              # rollouts for each observation, in chunks of 2 or more
 SCALARS = ("log_kappa", "log_kappa_a", "nu")  # of φ, beside E
-POOL_SIZE, WORSE = 4, 0.2  # learners that the critic is trained on; nats of O above its best that end one
-INDEX_EVERY = 100        # meta steps after which val_chunks = "similar" makes the index of texts anew
+common = slice(None)     # the EXACT commonest tokens, or all; see main()
+no_one = lambda *heard: None
 
 
 # ---- what the learner says, and what the critic makes of it. Of T places, n chunks of k = chunk: T = n k
@@ -128,19 +130,21 @@ def match(phi, gists, gists_true):
     return (sharp * (cos - phi["nu"])).sigmoid() / (sharp * (1 - phi["nu"])).sigmoid()
 
 
-def signal(phi, seen, said, arm=""):
+def signal(phi, seen, said, drawn=None, arm=""):
     """A(v), praise and blame for each token that the learner might say: [B, R, n, k, V].
 
-    seen: the observation, int [B, T]. said: a gists.Said. Where it holds tokens drawn from p, they stand for
-    Σ_x′ p(x′) T(v | x′), without bias, and by Σ_x′ T ∂p = E T ∂log p without bias in what is derived.
+    seen: the observation, int [B, T]. said: a gists.Said. drawn: of many tokens, int [B, T], one of those that
+    are not `common`, drawn from p: it stands for them all in Σ_x′ p(x′) T(v | x′), weighted by what they have
+    of p, without bias, and as Σ_x′ T ∂p = E T ∂log p without bias in what is derived.
     """
-    if not said.drawn:
-        table = kernel(phi)
-        r = praise(table[seen].view_as(said.logp_true), said.logp_true.exp(), table)
-    else:
-        logps = [said.logp_true.gather(-1, x.unsqueeze(-1)) for x in said.drawn]
-        own = sum(kernel(phi, x) * (1 + logp - logp.detach()) for x, logp in zip(said.drawn, logps))
-        r = kernel(phi, seen).view_as(own) - own / len(said.drawn)
+    logp = said.logp_true
+    table = kernel(phi, common)
+    of_truth = table[seen] if drawn is None else kernel(phi, seen)
+    r = praise(of_truth.view_as(logp), logp[..., common].exp(), table)
+    if drawn is not None:
+        x = drawn.view(*logp.shape[:-1], 1)
+        rest, logq = 1 - logp[..., common].detach().exp().sum(-1, keepdim=True), logp.gather(-1, x)
+        r = r - rest * (1 + logq - logq.detach()) * kernel(phi, x.squeeze(-1))
     r = (phi["weight"][seen].view(*r.shape[:-1], 1) * r if "weight" in phi else r)[:, None]
     if chunk == 1:
         return r
@@ -161,41 +165,60 @@ def real_loss(learner, theta, text, every=1):
     return F.nll_loss(logp[:, ::every].flatten(0, 1), text[:, 1::every].flatten()), logp
 
 
-def real_gradient(learner, theta, text, every=1):
-    """(∇_θ of the cross entropy of a text on this rank, (nats a token, log p))."""
-    theta = leaves(theta)
-    loss, logp = real_loss(learner, theta, text, every)
-    return gradient(loss, theta), (loss.detach(), logp.detach())
+def pieces(times, *tensors):
+    """The rows of tensors that are `times` batches, as many at once as are read at once."""
+    return zip(*(t.chunk(times * grad_accum) for t in tensors))
 
 
+def real_gradient(learner, theta, text, every=1, times=1, hear=no_one):
+    """(∇_θ of the cross entropy of a text on this rank, nats a token). times: batches that the text is.
+
+    hear(loss, log p [B, T, V], observation): is told of each piece.
+    """
+    theta, g, mean, share = leaves(theta), {}, 0.0, 1 / (times * grad_accum)
+    for piece, in pieces(times, text):
+        loss, logp = real_loss(learner, theta, piece, every)
+        g, mean = add_up(g, gradient(loss, theta), share), mean + share * loss.detach()
+        hear(loss, logp.detach(), piece[:, 1:])
+    return g, mean
+
+
+@torch.no_grad()
 def write(learner, theta, text, u):
-    """What is drawn once for a text: (own chunks, see `write_chunks`; `draw` of `say_chunks`)."""
-    draws = DRAWS * (vocab > EXACT)
-    return write_chunks(learner, theta, text[:, :-1], chunk, u[:, draws:]), u[:, :draws].unbind(1)
+    """What is drawn once for a text: (own chunks, see `write_chunks`; `drawn`, see `signal`)."""
+    x, drawn = text[:, :-1], None
+    if vocab > EXACT:
+        logits, u, chance = functional_call(learner, theta, (x,)), u[:, :-1], u[:, -1]
+        drawn = sample_tokens(logits.index_fill(-1, common, -math.inf), chance)
+    return write_chunks(learner, theta, x, chunk, u), drawn
 
 
-def signal_gradient(learner, theta, phi, text, seen, written, arm="", graph=False, fused=True):
-    """(∇_θ L on this rank, (L, (log p after true prefixes [B, T, V], tokens praised most [B, R, T]))).
+def signal_gradient(learner, theta, phi, text, seen, written, arm="", graph=False):
+    """(∇_θ L, (L, log p after true prefixes [B, T, V], true tokens, tokens praised most [B, R, T])).
 
     seen: the observation, int [B, T]. written: see `write`. arm: of FIRST, L is that of first places.
     graph: θ and φ are leaves, and ∇_θ L can be derived again by both.
     """
-    theta = theta if graph else leaves(theta)
-    said = say_chunks(learner, theta, text[:, :-1], *written, fused=fused and not graph)
+    theta, (y, drawn) = theta if graph else leaves(theta), written
+    said = say_chunks(learner, theta, text[:, :-1], y, fused=not graph)
     with torch.set_grad_enabled(graph):
-        a = signal(phi, seen, said, arm)
+        a = signal(phi, seen, said, drawn, arm)
     places = slice(1) if arm in FIRST else slice(None)
     logp, along = said.logp[..., places, :], a[..., places, :]
     g = gradient(logp, theta, -along * vocab / along.numel(), graph)  # A is held fixed: no praise is sought
-    heard = said.logp_true.detach().flatten(1, 2), a.argmax(-1).flatten(2)
-    return g, (inner_loss(along, logp).detach(), heard)
+    logp_true = said.logp_true.detach().flatten(1, 2)
+    return g, (inner_loss(along, logp).detach(), logp_true, text[:, 1:], a.argmax(-1).flatten(2))
 
 
-def inner_gradient(learner, theta, phi, text, seen, u, average, arm=""):
-    """(g = ∇_θ L averaged over ranks, (L, what was heard)). u: uniform numbers, see `chance`."""
-    g, heard = signal_gradient(learner, theta, phi, text, seen, write(learner, theta, text, u), arm)
+def inner_gradient(learner, theta, phi, text, seen, u, average, arm="", times=1, hear=no_one):
+    """g = ∇_θ L averaged over ranks. u: uniform numbers, see `chance`; times, hear: as in `real_gradient`."""
+    g = {}
+    for text, seen, u in pieces(times, text, seen, u):
+        found, heard = signal_gradient(learner, theta, phi, text, seen, write(learner, theta, text, u), arm)
+        g = add_up(g, found, 1 / (times * grad_accum))
+        hear(*heard)
     average(list(g.values()))
-    return g, heard
+    return g
 
 
 def learn(theta, moments, g, count):
@@ -205,63 +228,64 @@ def learn(theta, moments, g, count):
     return adamw_step(theta, moments, g, rate("frozen", 0), count, grad_clip)
 
 
-def meta_step(learner, theta, phi, texts, chances, outer, average, moments=(), count=0):
-    """(dφ, O(θ_S), g and (L, what was heard) of the first step): how φ should have moved S steps to lower O.
+def meta_step(learner, theta, phi, texts, chances, outer, average, moments=(), count=0, hear=no_one):
+    """(dφ, O(θ_S), g of the first step): how φ should have moved S steps to lower O.
 
     texts: of each step, int [B, T + 1]; chances: its uniform numbers; outer: the text that judges. average:
     of a list of tensors over ranks, in place. moments, count: of AdamW, and its steps so far, with
-    inner_length = 0. Of each step θ_k, g_k and own tokens are kept, of the last one the graph of g too; those
-    of the others are made again on the way back, so that memory grows by weights alone.
+    inner_length = 0. hear: is told of the first step. Of each step θ_k, g_k and what was written are kept, of
+    the last one the graph of g too if it is one piece; those of the others are made again on the way back, so
+    that memory grows by weights alone.
     """
-    trail, first, phi = [], None, leaves(phi)
+    trail, phi, share = [], leaves(phi), 1 / grad_accum
     for k, (text, u) in enumerate(zip(texts, chances)):
-        theta = leaves(theta)
-        words = write(learner, theta, text, u)
-        seen, last = text[:, 1:], k == len(texts) - 1
-        exact = dict(graph=last, fused=not words[1])  # the same digits again, where they decide what is drawn
-        mine, heard = signal_gradient(learner, theta, phi, text, seen, words, **exact)
-        g = {n: t.detach().clone() for n, t in mine.items()}
+        theta, g = leaves(theta), {}
+        batch = [(t, t[:, 1:], write(learner, theta, t, v)) for t, v in pieces(1, text, u)]
+        kept = k == len(texts) - 1 and len(batch) == 1
+        for piece in batch:
+            mine, heard = signal_gradient(learner, theta, phi, *piece, graph=kept)
+            g = add_up(g, mine, share)
+            if k == 0:
+                hear(*heard)
         average(list(g.values()))
-        first = first or (g, heard)
-        trail.append((theta, moments, g, text, words))
+        trail.append((theta, moments, g, batch))
         theta, moments = learn(theta, moments, g, count + k + 1)
-    lam, (loss, _) = real_gradient(learner, theta, outer)                     # λ = ∇O(θ_S)
+    lam, loss = real_gradient(learner, theta, outer, times=outer_batch // batch_size)     # λ = ∇O(θ_S)
     average(list(lam.values()))
     dphi = {n: torch.zeros_like(p) for n, p in phi.items()}
     of_moments = tuple({n: torch.zeros_like(p) for n, p in m.items()} for m in moments)  # λ of the moments
-    for k, (theta, moments, g, text, words) in reversed(list(enumerate(trail))):
-        if k < len(texts) - 1:
-            mine, _ = signal_gradient(learner, theta, phi, text, text[:, 1:], words, graph=True)
-        step, at = functools.partial(learn, count=count + k + 1), (theta, moments, g)
+    for k, (theta, moments, g, batch) in reversed(list(enumerate(trail))):
+        step, at, found = functools.partial(learn, count=count + k + 1), (theta, moments, g), {}
         lam, of_moments, w = pull_back(step, (lam, of_moments), *at)          # λ and w, through the step
-        found = gradient(dot(mine, w), phi | theta if k else phi)
+        for piece in batch:
+            if not kept:
+                mine, _ = signal_gradient(learner, theta, phi, *piece, graph=True)
+            found = add_up(found, gradient(dot(mine, w), phi | theta if k else phi), share)
+        kept = False
         average(list(found.values()))
         dphi = add(dphi, found)                                               # dφ += ∂_φ ⟨∇_θ L(θ_k, φ), w⟩
         lam = add(lam, found) if k else lam                                   # λ  += ∂_θ ⟨∇_θ L(θ_k, φ), w⟩
-    return dphi, loss, first
+    return dphi, loss, trail[0][2]
 
 
 # ---- what a step reads
 
 def chance(phases, step, stream=CHANCE, rows=None):
-    """Uniform numbers [B, R, T] for R rollouts, behind those for draws if there are many tokens."""
+    """Uniform numbers [B, R, T] for R rollouts, and R + 1 of them if there are many tokens."""
     rollouts = SAMPLES if chunk > 1 else 1  # with chunk = 1 there is one way to write nothing
-    return phases.chance(step, (rollouts + DRAWS * (vocab > EXACT), block_size), stream, rows)
+    return phases.chance(step, (rollouts + (vocab > EXACT), block_size), stream, rows)
 
 
-def meta_texts(phases, number, index):
+def meta_texts(phases, number):
     """([text of each inner step], [its uniform numbers], the text that judges) of meta step `number`."""
     steps, T = range(number * inner_steps, (number + 1) * inner_steps), block_size
     texts = [phases.text(k, INNER, split="train_other") for k in steps]
     outer, corpus, run = phases.text(number, OUTER, rows=outer_batch), phases.corpus, phases.run
-    if val_chunks != "random":
-        tokens, other, n = corpus.train, corpus.train_other, outer_batch // (inner_steps * batch_size)
+    if val_chunks == "aligned":
+        tokens, other = corpus.train, corpus.train_other
         starts = [batch_starts(other, seed, k, batch_size, T + 1, run.rank, run.ranks, INNER) for k in steps]
-        if val_chunks == "similar":
-            found = nearest(index, torch.from_numpy(np.concatenate(starts)), n, T, len(tokens))
-        else:
-            found = wordings.twins(np.concatenate(starts), tokens, other, corpus.encoding, T + 1)
-        outer = windows(tokens, np.ravel(found), T + 1).to(run.device)
+        found = wordings.twins(np.concatenate(starts), tokens, other, corpus.encoding, T + 1)
+        outer = windows(tokens, found, T + 1).to(run.device)
     return texts, [chance(phases, k, ROLLOUT) for k in steps], outer
 
 
@@ -278,9 +302,9 @@ def observed(phases, arm, learner, text, step, u):
 def real_step(phases, text, every=1):
     """The learner learns from real text, or from each `every`-th token of it."""
     learner = phases.parts["learner"]
-    g, (loss, logp) = real_gradient(learner, by_name(learner), text, every)
+    hear = lambda loss, logp, obs: note(phases.tally, loss, logp, obs, obs)
+    g, _ = real_gradient(learner, by_name(learner), text, every, hear=hear)
     phases.run.average(list(g.values()))
-    note(phases.tally, loss, logp, text[:, 1:], text[:, 1:])
     phases.take_step(learner, phases.parts["optimizer"], g)
 
 
@@ -289,52 +313,31 @@ def signal_step(phases, arm, text, step):
     learner, phi, u = phases.parts["learner"], by_name(phases.judge()), chance(phases, step)
     with torch.no_grad():
         seen = observed(phases, arm, learner, text, step, u)
-    batch = text, seen, u, phases.run.average, arm
-    g, (loss, (logp, told)) = inner_gradient(learner, by_name(learner), phi, *batch)
-    note(phases.tally, loss, logp, text[:, 1:], told)
+    batch, hear = (text, seen, u, phases.run.average, arm), functools.partial(note, phases.tally)
+    g = inner_gradient(learner, by_name(learner), phi, *batch, hear=hear)
     phases.take_step(learner, phases.parts["optimizer"], g)
 
 
 def critic_step(phases, number, mover):
-    """Meta step `number`, at the learner of the pool whose turn it is; then that one steps, as arms do.
-
-    A critic trained at one learner that never moves memorises one direction; trained only where real steps
-    lead, it does not know where its own signal leads. kept["pool"]: of each learner, optimizer, age, best;
-    empty where it starts anew from the pretrained one. mover: what holds the one of the turn, and the index.
-    """
-    run, parts, kept, turn = phases.run, phases.parts, phases.kept, number % POOL_SIZE
-    learner, critic, member = parts["learner"], parts["critic"], kept["pool"][turn]
-    if not member:
-        state = copy.deepcopy(parts["optimizer"].state_dict())
-        member.update(learner=learner.state_dict(), optimizer=state, age=0, best=math.inf)
-    mover["learner"].load_state_dict(member["learner"])
-    mover["optimizer"].load_state_dict(member["optimizer"])
-    if val_chunks == "similar" and number % INDEX_EVERY == 0:
-        kept["index_from"], mover["index"] = critic["E"].detach().clone(), None
-    if val_chunks == "similar" and mover["index"] is None:
-        mover["index"] = make_index(phases.corpus.train, kept["index_from"])
-    batch, theta, phi = meta_texts(phases, number, mover["index"]), by_name(mover["learner"]), by_name(critic)
-    moments = () if inner_length else moments_of(mover["optimizer"], mover["learner"])
-    # By the weights' own module: what is compiled has no second derivative.
-    dphi, judged, (g, (loss, (logp, told))) = meta_step(
-        mover["learner"], theta, phi, *batch, run.average, moments, pretrain + member["age"])
+    """Meta step `number`, at the learner of the pool whose turn it is; then that one steps, as arms do, or from
+    real targets. mover: what holds the one of the turn."""
+    run, parts, turn = phases.run, phases.parts, number % SIZE
+    member, critic, learner = parts["pool"].take(turn, parts, mover), parts["critic"], mover["learner"]
+    theta, phi, real = by_name(learner), by_name(critic), turn >= SIZE // 2
+    texts, chances, outer = meta_texts(phases, number)
+    moments = () if inner_length else moments_of(mover["optimizer"], learner)
+    age, hear = pretrain + member["age"], functools.partial(note, phases.tally)
+    dphi, judged, g = meta_step(learner, theta, phi, texts, chances, outer, run.average, moments, age, hear)
     if inner_length:  # one such step on, a broad match gains like a sharp one, and then ruins the run
         dphi |= {s: torch.zeros_like(phi[s]) for s in ("log_kappa_a", "nu")}
-    text = batch[0][0]
-    note(phases.tally, loss, logp, text[:, 1:], told)
     phases.take_step(critic, parts["critic_optimizer"], dphi)
-    if turn >= POOL_SIZE // 2:
-        g, _ = real_gradient(learner, theta, text)
+    if real:  # by the learner that may be compiled; in the meta step, which derives twice, by one that is not
+        g, _ = real_gradient(parts["learner"], theta, texts[0])
         run.average(list(g.values()))
     for group in mover["optimizer"].param_groups:
-        group["lr"] = rate("real" if inner_length or turn >= POOL_SIZE // 2 else "frozen", 0)
-    phases.take_step(mover["learner"], mover["optimizer"], g, noted=False)
-    judged = run.mean(judged)
-    member.update(learner=copy.deepcopy(mover["learner"].state_dict()), age=member["age"] + 1,
-                  optimizer=mover["optimizer"].state_dict(), best=min(member["best"], judged))
-    if member["age"] >= pool_steps or judged > member["best"] + WORSE:
-        kept["restarts"] += member["age"] < pool_steps
-        member.clear()
+        group["lr"] = rate("real" if inner_length or real else "frozen", 0)
+    phases.take_step(learner, mover["optimizer"], g, noted=False)
+    parts["pool"].give_back(member, mover, run.mean(judged))
 
 
 @torch.no_grad()
@@ -353,22 +356,24 @@ def measure(phases, theta, number):
     """A normalised step from theta on held-out text, of four batches: not a batch's noise is to be seen.
 
     gain: nats a token that it takes off other held-out text; gain_shuffled, gain_real: with another text's
-    observation, with real targets; all equally long, LENGTH where inner_length is 0. cosine_real: of the signal's gradient with the real one;
-    cos_bb, cos_bb_real: of each between two batches: a memorised direction shows in it.
+    observation, with real targets; all equally long, LENGTH where inner_length is 0. cosine_real: of the
+    signal's gradient with the real one; cos_bb, cos_bb_real: of each between two batches: a memorised
+    direction shows in it.
     """
     learner, phi, average = phases.parts["learner"], by_name(phases.parts["critic"]), phases.run.average
     length, rows = inner_length or LENGTH, 4 * batch_size
     text, again, foreign = (phases.text(number, MEASURE + k, rows, "val_other") for k in range(3))
     other, u = phases.text(number, MEASURE + 3, rows, "val"), chance(phases, number, MEASURED, rows)
-    signal_g, shuffled_g, again_g = (inner_gradient(learner, theta, phi, t, seen[:, 1:], u, average)[0]
+    signal_g, shuffled_g, again_g = (inner_gradient(learner, theta, phi, t, seen[:, 1:], u, average, times=4)
                                      for t, seen in ((text, text), (text, foreign), (again, again)))
-    real, more = (real_gradient(learner, theta, t)[0] for t in (text, again))
+    real, more = (real_gradient(learner, theta, t, times=4)[0] for t in (text, again))
     average([*real.values(), *more.values()])
     cos = lambda a, b: dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().clamp_min(1e-30)
     found = dict(cosine_real=cos(signal_g, real), cos_bb=cos(signal_g, again_g), cos_bb_real=cos(real, more))
-    before, _ = real_loss(learner, theta, other)
+    nats = lambda theta: sum(real_loss(learner, theta, t)[0] for t, in pieces(4, other)) / (4 * grad_accum)
+    before = nats(theta)
     for name, g in dict(gain=signal_g, gain_shuffled=shuffled_g, gain_real=real).items():
-        found[name] = before - real_loss(learner, inner_step(theta, g, length), other)[0]
+        found[name] = before - nats(inner_step(theta, g, length))
     average(list(found.values()))
     return {name: value.item() for name, value in found.items()}
 
@@ -376,7 +381,7 @@ def measure(phases, theta, number):
 def examine(phases):
     """{agreement_probe: share of held-out tokens praised most if the learner is sure of random ones; kappa,
     kappa_a, nu}, and in the critic's part of the meta phase what `measure` finds."""
-    critic, kept, where = phases.parts["critic"], phases.kept, phases.run.device
+    critic, pool, where = phases.parts["critic"], phases.parts.get("pool"), phases.run.device
     obs, phi = val_windows(phases.corpus.val, 4, block_size + 1)[:, 1:].to(where), by_name(critic)
     own = np.random.default_rng([seed, PROBE]).integers(0, vocab, tuple(obs.shape))
     told = (kernel(phi, obs) - kernel(phi, torch.from_numpy(own).to(where))).argmax(-1)
@@ -384,10 +389,12 @@ def examine(phases):
                  kappa_a=critic["log_kappa_a"].exp().item(), nu=critic["nu"].item())
     if phases.arm == "meta" and phases.step >= pretrain:
         number = phases.step - pretrain
-        theta = kept["pool"][number % POOL_SIZE].get("learner") or by_name(phases.parts["learner"])
-        measured = measure(phases, theta, number)
-        kept["found"].append(dict(measured, step=phases.step))
-        found.update(measured, restarts=kept["restarts"])
+        held = pool.members[number % SIZE].get("learner") or by_name(phases.parts["learner"])
+        theta = {name: t.to(where) for name, t in held.items()}
+        with phases.run.autocast():
+            measured = measure(phases, theta, number)
+        phases.kept["found"].append(dict(measured, step=phases.step))
+        found.update(measured, restarts=pool.restarts)
     return found
 
 
@@ -397,8 +404,9 @@ def ask(phases, learner, critic, step):
     text, u, theta = wordings.world(phases, step), chance(phases, step), by_name(learner)
     seen = observed(phases, phases.arm, learner, text, step, u)
     phi, obs = by_name(critic), text[:, 1:]
-    said = say_chunks(learner, theta, text[:, :-1], *write(learner, theta, text, u))
-    told = signal(phi, seen, said, phases.arm).argmax(-1).flatten(2)
+    y, drawn = write(learner, theta, text, u)
+    said = say_chunks(learner, theta, text[:, :-1], y)
+    told = signal(phi, seen, said, drawn, phases.arm).argmax(-1).flatten(2)
     own = said.logp_true.argmax(-1).flatten(1)
     return own[0].tolist(), obs[0].tolist(), told[0, 0].tolist(), (told == obs[:, None]).float().mean()
 
@@ -419,10 +427,6 @@ def check():
               f"dataset={dataset!r}: arms oracle, table, mask, val_chunks='aligned' need {wordings.NAME!r}")
     refuse_if(val_chunks == "aligned" and outer_batch != inner_steps * batch_size,
               f"outer_batch={outer_batch}: with val_chunks='aligned' it must be inner_steps * batch_size")
-    refuse_if(val_chunks == "similar" and outer_batch % (inner_steps * batch_size),
-              f"outer_batch={outer_batch}: for val_chunks='similar' a multiple of inner_steps * batch_size")
-    refuse_if(val_chunks == "similar" and (block_size % PIECE or dataset == wordings.NAME),
-              f"val_chunks='similar': block_size={block_size} must be a multiple of {PIECE}, of one wording")
     return names
 
 
@@ -446,10 +450,14 @@ def main():
     optimizers = dict(optimizer=adamw(learner, learning_rate), critic_optimizer=adam)
     of = lambda arm: {name: torch.from_numpy(a).to(critic["E"]) for name, a in TABLES[arm](corpus).items()}
     known = {arm: nn.ParameterDict(dict(critic.items(), **of(arm))) for arm in TABLES if arm in names}
-    mover = dict(learner=other, optimizer=adamw(other, learning_rate), index=None)
-    kept = dict(pool=[{} for _ in range(POOL_SIZE)], restarts=0, found=[], index_from=None)
-    phases = Phases(run, corpus, dict(learner=learner, critic=critic, **optimizers), kept, read=learner,
-                    rate=rate, judge=lambda: known.get(phases.arm, critic), examine=lambda: examine(phases),
+    mover = dict(learner=other, optimizer=adamw(other, learning_rate))
+    size = sum(p.numel() * p.element_size() for p in other.parameters())
+    parts = dict(learner=learner, critic=critic, pool=Pool(run.room_for(3 * SIZE * size)), **optimizers)
+    if vocab > EXACT:
+        counts = np.bincount(corpus.train[:10**7], minlength=vocab)
+        globals()["common"] = torch.from_numpy(counts.argsort()[-EXACT:].copy()).to(run.device)
+    phases = Phases(run, corpus, parts, dict(found=[]), read=learner, rate=rate,
+                    judge=lambda: known.get(phases.arm, critic), examine=lambda: examine(phases),
                     ask=lambda *who: ask(phases, *who, meta_steps + phases.step))
     phases.begin(self_phase=("self_rate",) if inner_length else ())
     if compile:
@@ -464,12 +472,12 @@ def main():
                 for group, top in zip(adam.param_groups, (critic_rate, scalar_rate)):
                     group["lr"] = top * (meta_steps - step) / (meta_steps - pretrain)
                 critic_step(phases, step - pretrain, mover)
+    phases.drop("pool")
     if phases.snapshot is None:
         streams, probe = phases.at["streams"][:pretrain].cpu(), phases.row["agreement_probe"]
         for step in range(len(streams))[-max(MEMORY, pretrain // 5):]:  # agreement with the critic of the end
             streams[step, 1] = run.mean(ask(phases, learner, critic, step)[-1])
         phases.watch.calibrate(streams, batch_size * block_size, probe, 4 * block_size)
-        phases.kept["pool"] = []
         phases.take_snapshot()
 
     # ---- self phase: the critic's signal is all that the learner learns from

@@ -14,11 +14,11 @@ import itertools
 import numpy as np
 import torch
 
+from checkpoints import read_meta_phase
 from configurator import SELF_PHASE, refuse_if
 from hacks import marked, write_report
 from plot import draw_runs
 from prepare_data import corpus_id, get_batch, open_corpus, prepare, val_windows
-from run import read_meta_phase
 from watch import MEMORY, STREAMS, Gold, Watch, arms_table, make_row, new_track, summarise, track_gold
 
 REAL = ("real", "oracle", "first")  # arms with real targets; they have no critic to watch
@@ -58,9 +58,9 @@ class Phases:
         self.run, self.corpus, self.watch = run, corpus, Watch()
         self.parts = dict(parts, watch=self.watch)
         self.read, self.rate, self.examine, self.judge, self.ask = read, rate, examine, judge, ask
-        self.step, self.tally, self.row, self.alarms = 0, {}, None, []
+        self.step, self.tally, self.row, self.alarms, self.piece = 0, {}, None, [], None
         windows = val_windows(corpus.val, s["eval_windows"], s["block_size"] + 1)
-        self.gold = Gold(windows, corpus.token_bytes, run, s["batch_size"] // run.ranks)
+        self.gold = Gold(windows, corpus.token_bytes, run, s["batch_size"] // run.ranks // s["grad_accum"])
         self.at = dict(arm="meta", step=0, track=new_track(), arms={}, meta=None, snapshot=None, kept=kept,
                        real_targets=0, streams=torch.zeros(0, 3, device=run.device), corpus=corpus_id(corpus))
 
@@ -84,21 +84,34 @@ class Phases:
             at.update(arm="start", meta=track, snapshot=snapshot, kept=copy.deepcopy(snapshot["kept"]))
         modules = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
         size = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-        run.open(need_bytes=16 * size)  # weights and moments, now and in the snapshot, twice; the arms' ends
+        run.open(need_bytes=24 * size)  # weights and moments, now and in the snapshot, 3 times; the arms' ends
 
     # ---- data
 
+    def pieces(self):
+        """Goes through the grad_accum pieces of a step: `text` and `chance` give what belongs to each."""
+        for self.piece in range(self.settings["grad_accum"]):
+            yield self.piece
+        self.piece = None
+
+    def share(self):
+        """(number, of how many) of the rows that are this rank's, or those of its piece."""
+        if self.piece is None:
+            return self.run.rank, self.run.ranks
+        pieces = self.settings["grad_accum"]
+        return self.run.rank * pieces + self.piece, self.run.ranks * pieces
+
     def text(self, step, stream=0, rows=None, split="train"):
         """This rank's rows of a step's text, int [rows / ranks, T + 1]. stream: a use of seed."""
-        s, run, tokens = self.settings, self.run, getattr(self.corpus, split)
+        s, tokens = self.settings, getattr(self.corpus, split)
         rows, length = rows or s["batch_size"], s["block_size"] + 1
-        return get_batch(tokens, s["seed"], step, rows, length, run.rank, run.ranks, stream).to(run.device)
+        return get_batch(tokens, s["seed"], step, rows, length, *self.share(), stream).to(self.run.device)
 
     def chance(self, step, shape, stream, rows=None):
         """This rank's rows of uniform numbers [rows / ranks, *shape] in [0, 1)."""
-        run, rng = self.run, np.random.default_rng([self.settings["seed"], stream, step])
+        rng, (number, parts) = np.random.default_rng([self.settings["seed"], stream, step]), self.share()
         numbers = rng.random((rows or self.settings["batch_size"], *shape), dtype=np.float32)
-        return torch.from_numpy(np.split(numbers, run.ranks)[run.rank]).to(run.device)
+        return torch.from_numpy(np.split(numbers, parts)[number]).to(self.run.device)
 
     # ---- the loop
 
@@ -135,22 +148,28 @@ class Phases:
 
     def steps(self, n):
         """The steps 0 … n − 1 of a phase. At step n it is evaluated once more, and ends."""
-        self.run.start_clock(self.at["step"])
+        run, every = self.run, self.settings["eval_interval"]
+        run.start_clock(self.at["step"])
         for self.step in range(self.at["step"], n + 1):
-            self.run.checkpoint(self.step, self.at, self.tally, self.parts)
+            save, evaluate = run.saves(self.step), self.step % every == 0 or self.step == n
+            gold = self.gold(self.read) if save or evaluate else None
+            if save and run.is_finite(gold, self.arm, self.step):
+                run.checkpoint(self.step, self.at, self.tally, self.parts)
+            left = 1.0 if self.arm == "meta" else 1 - (1 - self.settings["decay"]) * self.step / n
             for group in self.parts["optimizer"].param_groups:
-                group["lr"] = self.rate(self.arm, self.step)
+                group["lr"] = left * self.rate(self.arm, self.step)
             self.alarms = []
-            if self.step % self.settings["eval_interval"] == 0 or self.step == n:
-                self.evaluate(n)
+            if evaluate:
+                self.evaluate(n, gold)
             if self.step < n:
-                yield self.step
+                with run.counted(evaluate):
+                    yield self.step
 
-    def evaluate(self, n):
+    def evaluate(self, n, gold):
         """A row of the log; whether gold was hacked, and whether the watch alarms; a report of each."""
         step, track, lr = self.step, self.at["track"], self.parts["optimizer"].param_groups[0]["lr"]
         more = dict(real_targets=self.at["real_targets"], **self.examine())
-        self.row, stream = make_row(self.run, self.arm, step, self.tally, self.gold(self.read), lr, more)
+        self.row, stream = make_row(self.run, self.arm, step, self.tally, gold, lr, more)
         self.run.log(self.row)
         self.run.show(self.row, n)
         hacked = track_gold(track, self.row)
@@ -182,14 +201,20 @@ class Phases:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if noted:
-            self.tally["grad_norm"] = self.tally.get("grad_norm", 0) + norm
+            self.tally["grad_norm"] = self.tally.get("grad_norm", 0) + norm * self.settings["grad_accum"]
 
     # ---- what is told
+
+    def told(self, learner, critic):
+        """What the script's `ask` finds, in the first piece of a batch."""
+        self.piece = 0
+        found, self.piece = self.ask(learner, critic), None
+        return found
 
     @torch.no_grad()
     def sample(self, after):
         """samples.txt: what the learner says to the text to come, and what the critic makes of it."""
-        own, seen, target, _ = self.ask(self.parts["learner"], self.judge())
+        own, seen, target, _ = self.told(self.parts["learner"], self.judge())
         show = lambda ids: marked(self.corpus.encoding, ids, seen)
         self.run.sample(f"==== after {after}\nown output   {show(own)}\nobservation  {show(seen)}\n"
                         f"target       {show(target)}\n\n")
@@ -202,7 +227,7 @@ class Phases:
         for role, module in times["then"].items():
             module.load_state_dict(self.snapshot[role], strict=False)  # a known table is in no snapshot
         for c, o in itertools.product(times, times):
-            *said, agreement = self.ask(times[o]["learner"], times[c]["critic"])
+            *said, agreement = self.told(times[o]["learner"], times[c]["critic"])
             judged[c, o] = self.run.mean(agreement)
             texts |= {o: said} if c == o else {}
         kept = write_report(self.run, self.row, why, self.watch.order(), judged, texts, self.corpus.encoding)
@@ -211,7 +236,7 @@ class Phases:
     def finish(self, **found):
         """The last checkpoint, the table of the arms, and summary.json with what was `found` beside."""
         run, at, s = self.run, self.at, self.settings
-        run.checkpoint(0, at, self.tally, self.parts)
+        run.checkpoint(0, at, self.tally, self.parts, last=True)
         arms = summarise(at["arms"], s["self_steps"])
         if arms:
             run.say(arms_table(arms))

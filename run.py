@@ -1,29 +1,33 @@
 """
 A configured run: device, ranks and their averages, run folder, checkpoints, log, progress.
 
-It leaves in out_dir: config.json, log.jsonl, samples.txt, summary.json, curves.png, ckpt.pt (all that it
-takes to go on), ends/<arm>.pt (the learner's weights after each arm), hacks/ (a report of each hack and each
-alarm), sources/ (the script that ran, and the modules of the project that it imported).
+It leaves in out_dir: config.json, log.jsonl, samples.txt, summary.json, curves.png, checkpoints (see
+checkpoints.py), hacks/ (a report of each hack and each alarm), sources/ (the script that ran, and the modules
+of the project that it imported).
 """
 import fcntl
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.flop_counter import FlopCounterMode
 
+from checkpoints import FORMAT, Writer, copied, read_checkpoint, write_whole
 from configurator import check_common, configure, keep_saved, refuse
 
-FORMAT = "metalearn-3"
 GROWING = ("log.jsonl", "samples.txt")  # resuming cuts them to their length at the checkpoint
+# Dense bfloat16 arithmetic of GPUs, FLOPs a second, by NVIDIA's data sheets: what `mfu` is a share of.
+PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
 def choose_device(name, dtype, local_rank):
@@ -50,24 +54,36 @@ class Run:
         torchrun = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
         self.rank, self.local_rank, self.ranks = (int(os.environ.get(k, d)) for k, d in torchrun)
         self.first = self.rank == 0
-        if settings["batch_size"] % self.ranks or settings["eval_windows"] % self.ranks:
-            refuse(f"batch_size={settings['batch_size']} and eval_windows={settings['eval_windows']} "
-                   f"must both be multiples of the {self.ranks} ranks")
+        if settings["batch_size"] % (self.ranks * settings["grad_accum"]):
+            refuse(f"batch_size={settings['batch_size']} must be a multiple of the {self.ranks} ranks times "
+                   f"grad_accum={settings['grad_accum']}")
+        if settings["eval_windows"] % self.ranks:
+            refuse(f"eval_windows={settings['eval_windows']} must be a multiple of the {self.ranks} ranks")
         self.device, reason = choose_device(settings["device"], settings["dtype"], self.local_rank)
         self.dtype = getattr(torch, settings["dtype"])
         self.weight_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.out_dir, self.resumed = Path(settings["out_dir"]), None
-        self.log_file = self.samples_file = self.lock = self.wandb = None
+        self.log_file = self.samples_file = self.lock = self.wandb = self.writer = None
         self.stop_signal, self.shown_at, self.line = 0, 0.0, 0
+        self.peak, self.flops = None, 0  # of the GPU a second; of this rank's step
         if self.device.type == "cuda":
             if self.local_rank >= torch.cuda.device_count():
                 refuse(f"nproc_per_node is above the {torch.cuda.device_count()} GPUs of this machine")
             torch.cuda.set_device(self.device)
+            name = torch.cuda.get_device_name(self.device)
+            self.peak = next((peak for key, peak in PEAK.items() if key in name), None)
             torch.set_float32_matmul_precision("high")
         if self.ranks > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.say(f"{stage}: {self.device} ({reason}), {settings['dtype']}, rank 0 of {self.ranks}, "
                  f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+
+    @property
+    def command(self):
+        """The command that goes on with the run."""
+        launch = "torchrun --nproc_per_node=" + os.environ.get("LOCAL_WORLD_SIZE", "1")
+        return shlex.join((*(launch.split() if self.ranks > 1 else ["python"]), str(self.script),
+                           f"--resume={self.out_dir}"))
 
     def barrier(self):
         if self.ranks > 1:
@@ -92,6 +108,11 @@ class Run:
         """The context of a forward pass: bfloat16 arithmetic over float32 weights if asked, else nothing."""
         return torch.autocast(self.device.type, self.dtype) if self.dtype == torch.bfloat16 else nullcontext()
 
+    def room_for(self, size):
+        """The device on which `size` bytes are kept that are seldom used: the CPU if a GPU would be short."""
+        short = self.device.type == "cuda" and size > torch.cuda.mem_get_info(self.device)[0] / 4
+        return torch.device("cpu") if short else self.device
+
     # ---- the folder and what is written there
     def open(self, need_bytes):
         """Takes the run folder, after every check, if need_bytes are free; an earlier run is moved aside."""
@@ -114,6 +135,7 @@ class Run:
                     self._keep_sources()
                 self.log_file, self.samples_file = (
                     open(self.out_dir / name, "a", encoding="utf-8") for name in GROWING)
+                self.writer = Writer(self.out_dir)
             except OSError as error:
                 refuse(f"out_dir={str(self.out_dir)!r} cannot be written to ({error.strerror}); name another")
         self.barrier()
@@ -170,57 +192,56 @@ class Run:
 
     def write(self, name, write):
         """Writes out_dir/name by `write(file)`, whole or not at all."""
-        path = self.out_dir / name
-        tmp = path.with_name(f".{path.name}.tmp")
         try:
-            path.parent.mkdir(exist_ok=True)
-            with open(tmp, "wb") as f:
-                write(f)
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(tmp, path)
-        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-            tmp.unlink(missing_ok=True)
-            refuse(f"{path} could not be written ({error}); once it can: --resume={self.out_dir}")
+            write_whole(self.out_dir / name, write)
+        except OSError as error:
+            refuse(f"{self.out_dir / name} could not be written ({error}); once it can: "
+                   f"--resume={self.out_dir}")
 
     def write_json(self, name, value):
         if self.first:
             self.write(name, lambda f: f.write((json.dumps(value, indent=1) + "\n").encode("utf-8")))
 
-    def checkpoint(self, step, at, tally, parts):
-        """Every save_interval steps, and when asked to stop, writes ckpt.pt; then stops if asked to.
+    def saves(self, step):
+        """Whether a checkpoint is due at a step: each save_interval steps, and where the run is to stop."""
+        return self.stopping(step) or step % self.settings["save_interval"] == 0
+
+    def is_finite(self, gold, arm, step):
+        """True, or the end of a run whose gold, (nats a token, bits a byte), is not finite."""
+        return math.isfinite(gold[0]) or self.stop_not_finite("gold", arm, step)
+
+    def checkpoint(self, step, at, tally, parts, last=False):
+        """Writes ckpt.pt, unless the one before is still being written, and stops if asked to.
 
         at: dict of plain values and tensors, where the run stands. tally: dict of tensors, what the next row
         averages. parts: {name: module, optimizer or watch}. That is everything: data and random numbers are
         pure functions of the step, so that a resumed run repeats one without interruption, on the CPU bit for
         bit, on a GPU as far as its kernels repeat themselves.
         """
-        stop = self.stopping(step)
-        if step % self.settings["save_interval"] and not stop:
-            return
         self.average(list(tally.values()))
-        if not all(torch.isfinite(v).all() for v in tally.values()):
-            self.stop_not_finite(at["arm"], step)
+        weights = [p for part in parts.values() if isinstance(part, torch.nn.Module) for p in part.parameters()]
+        if not all(torch.isfinite(t).all() for t in (*weights, *tally.values())):
+            self.stop_not_finite("a weight or the loss", at["arm"], step)
         at["step"] = step
-        if self.first:
+        if self.first and (last or self.stop_signal or self.writer.due()):
             files = {n: (self.out_dir / n).stat().st_size for n in GROWING}
             saved = {name: part.state_dict() for name, part in parts.items()}
-            state = dict(at, tally=tally, format=FORMAT, stage=self.stage, config=self.settings, files=files,
-                         reports=self.last_report(), **saved)
-            self.write("ckpt.pt", lambda f: torch.save(state, f))
-        if stop:
+            self.writer.write(dict(at, tally=tally, format=FORMAT, stage=self.stage, config=self.settings,
+                                   files=files, reports=self.last_report(), **saved))
+        if self.stop_signal:
             self.stop()
 
     def restore(self, at, tally, parts):
         """Puts the checkpoint back into what `checkpoint` was given; of `parts` into those that it holds."""
-        at.update({name: self.resumed[name] for name in at})
-        tally.update(self.resumed["tally"])
+        at.update({name: copied(self.resumed[name], self.device) for name in at})
+        tally.update(copied(self.resumed["tally"], self.device))
         for name, part in parts.items():
             if name in self.resumed:
                 part.load_state_dict(self.resumed[name])
+        self.resumed = {name: self.resumed[name] for name in ("files", "reports")}  # the rest is freed
 
     def keep_end(self, arm, learner):
-        """Writes the weights of an arm's end to ends/<arm>.pt; `read_end` reads them."""
+        """Writes the weights of an arm's end to ends/<arm>.pt; `checkpoints.read_end` reads them."""
         if self.first:
             state = dict(format=FORMAT, stage=self.stage, arm=arm, weights=learner.state_dict())
             self.write(f"ends/{arm}.pt", lambda f: torch.save(state, f))
@@ -236,7 +257,7 @@ class Run:
     def log(self, row):
         """Appends a row to log.jsonl (and wandb). A number in it that is not finite ends the run."""
         if not all(math.isfinite(v) for v in row.values() if isinstance(v, float)):
-            self.stop_not_finite(row["arm"], row["step"])
+            self.stop_not_finite("what is logged", row["arm"], row["step"])
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
         self._append(self.log_file, json.dumps(rounded) + "\n")
         if self.wandb:
@@ -294,6 +315,29 @@ class Run:
         speed, self.row_at = tokens / max(now - self.row_at, 1e-9), now
         return speed
 
+    @contextmanager
+    def counted(self, first):
+        """Counts the FLOPs of this rank's step if it is the `first` after an evaluation and `mfu` needs them."""
+        if not (first and self.peak):
+            yield
+            return
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            yield
+        self.flops = counter.get_total_flops()
+
+    def use_of_machine(self, steps_per_s):
+        """{"mfu": the arithmetic of this rank's steps as a share of the peak of its GPU, "peak_gb": the most
+        memory that this process held, GB}; None where it cannot be told."""
+        mfu = self.flops * steps_per_s / self.peak if self.peak and self.flops else None
+        if self.device.type == "cuda":
+            return dict(mfu=mfu, peak_gb=torch.cuda.max_memory_allocated(self.device) / 1e9)
+        try:
+            import resource  # Linux and Mac have it
+        except ImportError:
+            return dict(mfu=mfu, peak_gb=None)
+        unit = 1 if sys.platform == "darwin" else 1024
+        return dict(mfu=mfu, peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9)
+
     def show(self, row, steps):
         """The progress: one updating line on a terminal, elsewhere a plain line now and then."""
         step, spent = row["step"], time.time() - self.phase_at
@@ -326,19 +370,20 @@ class Run:
 
     def stop(self):
         """Ends a run that was asked to stop, after its checkpoint is written."""
-        self.say(f"stopped by {signal.Signals(self.stop_signal).name}; "
-                 f"go on with: python {self.script.name} --resume={self.out_dir}")
+        self.say(f"stopped by {signal.Signals(self.stop_signal).name}; go on with: {self.command}")
         self.close()
         raise SystemExit(128 + self.stop_signal)
 
-    def stop_not_finite(self, arm, step):
-        """Ends a run whose loss is NaN or infinite; the checkpoint before it stays."""
-        self.say(f"error: the loss of {arm} is not finite before step {step}; try a learning_rate below "
-                 f"{self.settings['learning_rate']}. The last good checkpoint is {self.out_dir / 'ckpt.pt'}")
+    def stop_not_finite(self, what, arm, step):
+        """Ends a run in which something is NaN or infinite; the checkpoint before it stays."""
+        self.say(f"error: {what} is not finite at step {step} of {arm}; go on from the last checkpoint at a "
+                 f"learning_rate below {self.settings['learning_rate']}:\n  {self.command} --learning_rate=...")
         self.close()
         raise SystemExit(3)
 
     def close(self):
+        if self.writer:
+            self.writer.wait()
         if self.wandb:
             self.wandb.finish()
         for f in filter(None, (self.log_file, self.samples_file, self.lock)):
@@ -349,59 +394,6 @@ class Run:
             dist.destroy_process_group()
 
 
-def read_checkpoint(folder, stage, device="cpu", name="ckpt.pt"):
-    """The checkpoint in `folder`, a dict; refuses what is missing, half written or another stage's."""
-    path = Path(folder) / name
-    if not path.is_file():
-        refuse(f"{folder} holds no {name}; name the folder of a run, such as out/{stage}")
-    try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch.load raises many kinds: zip, pickle, runtime, end of file
-        refuse(f"{path} cannot be read as a checkpoint ({type(error).__name__}): damaged or half written")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        refuse(f"{path} is no checkpoint of this project")
-    if state["stage"] != stage:
-        refuse(f"{path} is a checkpoint of {state['stage']}.py, and one of {stage}.py is needed here")
-    return state
-
-
-def read_end(folder, arm, stage, device="cpu"):
-    """What `keep_end` wrote of an arm: dict(format, stage, arm, weights). One that is missing is refused."""
-    ends = sorted(path.stem for path in (Path(folder) / "ends").glob("*.pt"))
-    if arm not in ends:
-        refuse(f"{folder} holds no end of arm {arm!r}; it holds {', '.join(ends) or 'none of any arm'}")
-    return read_checkpoint(folder, stage, device, f"ends/{arm}.pt")
-
-
-def read_finished(setting, folder, stage, device, corpus, alike):
-    """The checkpoint that a setting names: past its meta phase, and alike in corpus and settings, a dict."""
-    other = read_checkpoint(folder, stage, device)
-    if other["meta"] is None or other["snapshot"] is None:
-        refuse(f"{setting}={folder!r} has not finished its meta phase")
-    if other["corpus"] != corpus:
-        refuse(f"{setting}={folder!r} was begun with another corpus or tokenizer")
-    for name, value in alike.items():
-        if other["config"].get(name, value) != value:
-            refuse(f"{name}={value!r} differs from {other['config'][name]!r}, that of {setting}={folder!r}")
-    return other
-
-
-def read_meta_phase(folder, stage, device, settings, self_phase, corpus):
-    """(meta, snapshot) of the run in `folder`, to start arms from.
-
-    self_phase: names of the settings that a meta phase does not read. corpus: its identity, see `corpus_id`.
-    """
-    alike = {name: value for name, value in settings.items() if name not in self_phase}
-    other = read_finished("start", folder, stage, device, corpus, alike)
-    return other["meta"], other["snapshot"]
-
-
-def read_bottleneck(folder, device, corpus, **alike):
-    """The settings, and as "weights" the model, of a finished meta phase of gist_bottleneck.py."""
-    other = read_finished("critic_from", folder, "gist_bottleneck", device, corpus, alike)
-    return dict(other["config"], weights=other["snapshot"]["learner"])
-
-
 def open_run(scope):
     """The Run of a script's settings (its globals), overridden and checked. Nothing is written yet.
 
@@ -410,11 +402,12 @@ def open_run(scope):
     settings, given = configure(scope)
     stage, folder = Path(scope["__file__"]).stem, settings["resume"]
     if folder:
-        settings = keep_saved(settings, given, read_checkpoint(folder, stage)["config"], folder)
+        resumed = read_checkpoint(folder, stage)
+        settings = keep_saved(settings, given, resumed["config"], folder)
         scope.update(settings)
     check_common(settings)
     run = Run(stage, settings, scope)
     if folder:
-        run.resumed = read_checkpoint(folder, stage, run.device)
+        run.resumed = resumed
     run.say("  ".join(f"{k}={v}" for k, v in settings.items() if v != ""))
     return run

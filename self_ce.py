@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from configurator import chosen, refuse_if
-from equations import bound, by_name, dot, follow, gradient, inner_step, leaves, pull_back
+from equations import add_up, bound, by_name, dot, follow, gradient, inner_step, leaves, pull_back
 from model import GPT, GPTConfig, adamw
 from phases import Phases, read_corpus
 from prepare_data import val_windows
@@ -66,6 +66,8 @@ batch_size = 8          # sequences a step, over all ranks
 learning_rate = 1e-3    # AdamW, constant after the warm-up
 warmup = 50             # steps from 0 to learning_rate, at the start of the meta phase
 grad_clip = 1.0         # largest gradient norm
+grad_accum = 1          # pieces of a rank's batch, one after the other: the same numbers in less memory
+decay = 1.0             # the share of its learning rate that an arm ends with; it falls in a line
 # --- run
 seed = 1                # of weights and data
 eval_interval = 10      # steps between two lines of the log
@@ -192,20 +194,31 @@ def second_order(learner, critic, text, own, outer_text, average):
     other text. dφ is linear in what each rank sees and is averaged with the other gradients.
     """
     theta, phi = leaves(by_name(learner)), leaves(by_name(critic))
-    teacher = critic_logits(bound(critic, phi), own, text[:, 1:]).softmax(-1)
-    logp = log_p(learner, theta, text[:, :-1], fused=False)
-    mine = gradient(logp, theta, -teacher * vocab / teacher.numel(), graph=True)             # ∇_θ L
-    g = {n: t.detach().clone() for n, t in mine.items()}
+    pieces = list(zip(text.chunk(grad_accum), own.chunk(grad_accum)))
+    g, lam, dphi, gain, share = {}, {}, {}, 0.0, 1 / grad_accum
+
+    def inner_gradient(text, own):                                                          # ∇_θ L
+        teacher = critic_logits(bound(critic, phi), own, text[:, 1:]).softmax(-1)
+        logp = log_p(learner, theta, text[:, :-1], fused=False)
+        return gradient(logp, theta, -teacher * vocab / teacher.numel(), graph=True)
+
+    for piece in pieces:
+        mine = inner_gradient(*piece)
+        g = add_up(g, mine, share)
     average(list(g.values()))
     step = lambda g: inner_step(by_name(learner), g, inner_length)
     moved = leaves(step(g))
-    after = outer_loss(learner, moved, outer_text)
-    lam = gradient(after, moved)
+    for piece in outer_text.chunk(grad_accum):
+        after = outer_loss(learner, moved, piece)
+        lam = add_up(lam, gradient(after, moved), share)
+        with torch.no_grad():
+            gain = gain + share * (outer_loss(learner, theta, piece) - after)
     average(list(lam.values()))
     w, = pull_back(step, lam, g)
-    with torch.no_grad():
-        gain = outer_loss(learner, theta, outer_text) - after
-    return gradient(dot(mine, w), phi), gain                                                # ∂_φ ⟨∇_θ L, w⟩
+    for piece in pieces:
+        mine = mine if len(pieces) == 1 else inner_gradient(*piece)  # of several, no graph is kept
+        dphi = add_up(dphi, gradient(dot(mine, w), phi), share)                             # ∂_φ ⟨∇_θ L, w⟩
+    return dphi, gain
 
 
 # ---- the rescue
@@ -227,10 +240,11 @@ def rescue(phases, step):
     for name, state in phases.kept["good"].items():
         phases.parts[name].load_state_dict(copy.deepcopy(state))
     for i in range(rescue_steps):
-        text = phases.text(step * rescue_steps + i, RESCUE)
-        with phases.run.autocast():
-            loss, _ = meta_loss(phases, learner, text, step + i, {}, hacked)
-        loss.backward()
+        for _ in phases.pieces():
+            text = phases.text(step * rescue_steps + i, RESCUE)
+            with phases.run.autocast():
+                loss, _ = meta_loss(phases, learner, text, step + i, {}, hacked)
+            (loss / grad_accum).backward()
         phases.take_step(learner, optimizer, noted=False)
     phases.parts["critic"].load_state_dict(learner.state_dict())
     phases.watch.restart(step)
@@ -304,15 +318,19 @@ def main():
 
     # ---- meta phase: real tokens are targets
     for step in phases.meta(meta_steps):
-        text = phases.text(step)
-        with run.autocast():
-            loss, own = meta_loss(phases, learner, text, step, phases.tally)
-            loss.backward()
-            if order == 2 and step >= warmup:  # before it both roles are noise
-                dphi, gain = second_order(learner, learner, text, own, phases.text(step, OUTER), run.average)
+        owns = []
+        for _ in phases.pieces():
+            with run.autocast():
+                loss, own = meta_loss(phases, learner, phases.text(step), step, phases.tally)
+            (loss / grad_accum).backward()
+            owns.append(own)
+        if order == 2 and step >= warmup:  # before it both roles are noise
+            with run.autocast():
+                batch = phases.text(step), torch.cat(owns), phases.text(step, OUTER)
+                dphi, gain = second_order(learner, learner, *batch, run.average)
                 for name, p in learner.named_parameters():
                     p.grad += ORDER_2 * dphi[name]
-                phases.tally["gain"] = phases.tally.get("gain", 0) + gain
+                phases.tally["gain"] = phases.tally.get("gain", 0) + grad_accum * gain
         phases.take_step(learner, optimizer)
     if phases.snapshot is None:
         critic.load_state_dict(learner.state_dict())
@@ -325,13 +343,14 @@ def main():
         for step in phases.steps(self_steps):
             if rescue_steps and arm != "real" and step % eval_interval == 0:
                 rescue(phases, step) if phases.alarms else keep_good(phases, step)
-            text = phases.text(meta_steps + step)
-            seen = observed(phases, arm, text, meta_steps + step)
-            with run.autocast():
-                loss = self_loss(arm, learner, judge(), text, seen, phases.tally)
-                if keep_meta and arm in ("self", "ema"):
-                    loss = loss + keep_meta * practice(phases, learner, step)
-            loss.backward()
+            for _ in phases.pieces():
+                text = phases.text(meta_steps + step)
+                seen = observed(phases, arm, text, meta_steps + step)
+                with run.autocast():
+                    loss = self_loss(arm, learner, judge(), text, seen, phases.tally)
+                    if keep_meta and arm in ("self", "ema"):
+                        loss = loss + keep_meta * practice(phases, learner, step)
+                (loss / grad_accum).backward()
             phases.take_step(learner, optimizer)
             if arm == "ema":
                 follow(critic, learner, ema_decay)

@@ -108,7 +108,8 @@ ROW = ("grad_norm", "surprise", "agreement", "echo", "target_top", "target_entro
 
 @torch.no_grad()
 def note(tally, loss, logp, obs, told=None, **means):
-    """Adds a step to what the next row of the log will average, without waiting for the device.
+    """Adds a step, or a piece of one, to what the next row of the log will average, without waiting for the
+    device.
 
     logp: the learner's log probabilities [B, T, V]. obs: what was observed there, int [B, T], or the first of
     them. told: the tokens that the critic names, int [B, T] or [B, R, T]: agreement is the share of them that
@@ -129,6 +130,11 @@ def note(tally, loss, logp, obs, told=None, **means):
     tally["stream"] = torch.cat((tally["stream"], stream)) if "stream" in tally else stream
 
 
+def streams(tally, pieces):
+    """The streams of the steps in a tally, float [steps, 3]; each step was noted in so many pieces."""
+    return tally["stream"].view(-1, pieces, 3).mean(1)
+
+
 def make_row(run, arm, step, tally, gold, lr, more):
     """(row of the log, streams of the steps since the last one, float [steps, 3] or None). Empties the tally.
 
@@ -136,8 +142,11 @@ def make_row(run, arm, step, tally, gold, lr, more):
     what `more` has by its name: None there is what rows without a step hold.
     """
     run.average(list(tally.values()))
+    pieces = run.settings["grad_accum"]
+    stream = streams(tally, pieces) if tally else None
     n = tally.pop("steps").item() if tally else 0
-    stream, counts = tally.pop("stream", None), tally.pop("targets", None)
+    tally.pop("stream", None)
+    counts = tally.pop("targets", None)
     mean = {k: (v / n).item() for k, v in tally.items()}
     tally.clear()
     if counts is not None:
@@ -145,9 +154,10 @@ def make_row(run, arm, step, tally, gold, lr, more):
         mean.update(target_top=share.max().item(), target_entropy=torch.special.entr(share).sum().item())
     tokens = run.settings["batch_size"] * run.settings["block_size"]
     total = step + (run.settings["meta_steps"] if arm != "meta" else 0)
+    tok_per_s = run.speed(n / pieces * tokens)
     row = dict(stage=run.stage, arm=arm, step=step, tokens=total * tokens, proxy=mean.pop("loss", None),
                gold_nats=gold[0], gold_bpb=gold[1], lr=lr, **{**dict.fromkeys(ROW), **more, **mean},
-               tok_per_s=run.speed(n * tokens))
+               tok_per_s=tok_per_s, **run.use_of_machine(tok_per_s / tokens))
     return row, stream
 
 

@@ -30,7 +30,7 @@ from model import adamw
 from planted import LAGS, planted_answers, true_classes
 from plot import interval
 from prepare_data import decode, get_batch, val_windows, windows
-from run import read_end
+from checkpoints import read_end
 from sample import model_of, read_run
 from wordings import NAME, classes, pairs
 

@@ -1,0 +1,163 @@
+"""
+Checkpoints: written whole or not at all, by a thread while the run goes on; read once, and checked.
+
+    ckpt.pt           the newest: all that it takes to go on, of finite numbers alone
+    ckpt-before.pt    the one before it
+    ends/<arm>.pt     the learner's weights at an arm's end
+"""
+import os
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import torch
+
+from configurator import refuse
+
+FORMAT = "metalearn-4"
+NEWEST, BEFORE = "ckpt.pt", "ckpt-before.pt"
+SHARE = 0.05  # of the time, at most, in which a checkpoint that takes long is being written
+
+
+def copied(state, where):
+    """A copy of nested dicts and lists whose tensors are on the device `where`, and share no memory."""
+    if isinstance(state, torch.Tensor):
+        return state.detach().to(where, copy=True)
+    if isinstance(state, dict):
+        return {name: copied(value, where) for name, value in state.items()}
+    return [copied(value, where) for value in state] if isinstance(state, list) else state
+
+
+def write_whole(path, write, before=None):
+    """Writes a file by `write(file)`, whole or not at all; what it was stays as `before` if that is named.
+
+    Raises OSError where it cannot.
+    """
+    tmp = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(tmp, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        if before and path.exists():
+            os.replace(path, before)
+        os.replace(tmp, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        tmp.unlink(missing_ok=True)
+        raise error if isinstance(error, OSError) else OSError(*error.args) from error
+
+
+class Writer:
+    """Writes the checkpoints of a folder, one at a time; a run waits for one no longer than a copy takes."""
+
+    def __init__(self, folder):
+        self.folder, self.thread, self.error, self.took, self.ended = folder, None, None, 0.0, 0.0
+
+    def due(self):
+        """Whether another is to be written: the last is on the disk, and not too much time goes into it."""
+        if self.thread and self.thread.is_alive():
+            return False
+        return self.took < 1 or time.monotonic() - self.ended > self.took / SHARE
+
+    def write(self, state):
+        """Begins to write a copy of `state`, a dict of plain values, tensors and dicts."""
+        self.wait()
+        self.thread = threading.Thread(target=self._write, args=(copied(state, "cpu"),))
+        self.thread.start()
+
+    def _write(self, state):
+        began, newest = time.monotonic(), self.folder / NEWEST
+        try:
+            write_whole(newest, lambda f: torch.save(state, f), self.folder / BEFORE)
+        except OSError as error:
+            self.error = error
+        self.ended = time.monotonic()
+        self.took = self.ended - began
+
+    def wait(self):
+        """Waits for the one that is being written; refuses to go on if it could not be."""
+        if self.thread:
+            self.thread.join()
+        if self.error:
+            refuse(f"{self.folder / NEWEST} could not be written ({self.error}); once it can: "
+                   f"--resume={self.folder}")
+
+
+def load(path):
+    """What torch.save wrote into a file, on the CPU; ValueError if a byte of it has changed.
+
+    The tensors lie in the file, and are read where they are used.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():  # torch.load does not look at the sums that stand beside what it reads
+                raise ValueError("a sum does not fit")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # zip, pickle, runtime, end of file: each reader has its own kinds
+        raise ValueError(type(error).__name__) from error
+
+
+def read_checkpoint(folder, stage, name=NEWEST):
+    """The checkpoint in `folder`, a dict; refuses what is missing, damaged or another stage's."""
+    path, before = Path(folder) / name, Path(folder) / BEFORE
+    if name == NEWEST and before.is_file() and not path.exists():  # killed between two renamings
+        path = before
+    if not path.is_file():
+        refuse(f"{folder} holds no {name}; name the folder of a run, such as out/{stage}")
+    try:
+        state = load(path)
+    except ValueError as error:
+        refuse(f"{path} is damaged or half written ({error})" + whole_before(path, before))
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        refuse(f"{path} is no checkpoint of this project, or of an earlier format than {FORMAT}")
+    if state["stage"] != stage:
+        refuse(f"{path} is a checkpoint of {state['stage']}.py, and one of {stage}.py is needed here")
+    return state
+
+
+def whole_before(path, before):
+    """ "; the one before it is whole: ...", if it is."""
+    try:
+        step = load(before)["step"]
+    except (ValueError, TypeError, KeyError):
+        return ""
+    return f";\nthe one before it, of step {step}, is whole: rename {before} to {path.name} to go on from there"
+
+
+def read_end(folder, arm, stage):
+    """What `Run.keep_end` wrote of an arm: dict(format, stage, arm, weights). A missing one is refused."""
+    ends = sorted(path.stem for path in (Path(folder) / "ends").glob("*.pt"))
+    if arm not in ends:
+        refuse(f"{folder} holds no end of arm {arm!r}; it holds {', '.join(ends) or 'none of any arm'}")
+    return read_checkpoint(folder, stage, f"ends/{arm}.pt")
+
+
+def read_finished(setting, folder, stage, corpus, alike):
+    """The checkpoint that a setting names: past its meta phase, and alike in corpus and settings, a dict."""
+    other = read_checkpoint(folder, stage)
+    if other["meta"] is None or other["snapshot"] is None:
+        refuse(f"{setting}={folder!r} has not finished its meta phase")
+    if other["corpus"] != corpus:
+        refuse(f"{setting}={folder!r} was begun with another corpus or tokenizer")
+    for name, value in alike.items():
+        if other["config"].get(name, value) != value:
+            refuse(f"{name}={value!r} differs from {other['config'][name]!r}, that of {setting}={folder!r}")
+    return other
+
+
+def read_meta_phase(folder, stage, device, settings, self_phase, corpus):
+    """(meta, snapshot) of the run in `folder`, to start arms from.
+
+    self_phase: names of the settings that a meta phase does not read. corpus: its identity, see `corpus_id`.
+    """
+    alike = {name: value for name, value in settings.items() if name not in self_phase}
+    other = read_finished("start", folder, stage, corpus, alike)
+    return other["meta"], copied(other["snapshot"], device)
+
+
+def read_bottleneck(folder, device, corpus, **alike):
+    """The settings, and as "weights" the model, of a finished meta phase of gist_bottleneck.py."""
+    other = read_finished("critic_from", folder, "gist_bottleneck", corpus, alike)
+    return dict(other["config"], weights=copied(other["snapshot"]["learner"], device))
