@@ -10,7 +10,7 @@ import torch
 import gists
 from conftest import small_gpt
 from equations import by_name
-from gists import (Space, carried, effective_rank, layout, make_index, make_spaces, nearest, past_of, read,
+from gists import (Space, carried, effective_rank, layout, make_spaces, past_of, read,
                    say_chunks, score_function, sees_of, spans_at, squared_distances, starts_of, steadiness,
                    vectors, whitening, write_chunks, write_spans)
 from model import GIST, GPT, GPTConfig, TRUE, attention_mask, sample_tokens
@@ -246,7 +246,7 @@ def test_own_chunks_equal_naive_writing_and_are_read_as_if_each_stood_alone(net,
     u, y = own_chunks(net, x, chunk, R)
     n = T // chunk
     assert y.shape == (2, R, n, chunk - 1)
-    after_own, after_truth, h_own, h_truth, _ = say_chunks(net, by_name(net), x, y)
+    after_own, after_truth, h_own, h_truth = say_chunks(net, by_name(net), x, y)
     assert after_own.shape == (2, R, n, chunk, V) and after_truth.shape == (2, n, chunk, V)
     assert h_own.shape == (2, R, n, chunk, 16) and h_truth.shape == (2, n, chunk, 16)
     assert torch.equal(after_own[..., 0, :], after_truth[:, None, :, 0].expand(-1, R, -1, -1))
@@ -274,22 +274,3 @@ def test_own_chunks_are_written_and_read_with_the_weights_that_are_lent(net, x):
     assert torch.equal(uniform, (u.view(2, 2, -1, 4)[..., :-1] * V).long())
     for said in say_chunks(net, lent, x, y)[:2]:
         assert torch.allclose(said, torch.full_like(said, -math.log(V)))
-
-
-# ---- which texts are near
-
-def test_nearest_finds_planted_twins_and_never_overlaps_the_text_that_asks():
-    rng = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 50, (20_000,), generator=rng)
-    twins = {160: 12_800, 6_400: 960, 9_600: 19_200}
-    for a, b in twins.items():
-        tokens[b:b + 32] = tokens[a:a + 32]
-    index = make_index(tokens.numpy().astype("uint16"), torch.randn(50, 16, generator=rng))
-    assert index.shape == (1250, 16) and torch.allclose(index.norm(dim=1), torch.ones(1250))
-    starts = torch.tensor(list(twins))
-    for block in (65536, 100):
-        found = nearest(index, starts, 2, 32, len(tokens), block)
-        assert all(abs(f - b) <= 32 for row, b in zip(found.tolist(), twins.values()) for f in row), found
-    starts = torch.arange(0, 19_960, 7)
-    found = nearest(index, starts, 3, 32, len(tokens), 333)
-    assert ((found - starts[:, None]).abs() > 32).all() and found.min() >= 0 and found.max() + 33 <= 20_000

@@ -13,15 +13,17 @@ from conftest import finish, in_process, kill_at, log, small_gpt, start, summary
 from torch.func import functional_call
 
 import meta_gist as mg
+import pool
 from equations import add, by_name, dot
 from gists import Said, say_chunks, write_chunks
 from model import adamw, sample_tokens
 from phases import Phases
+from pool import Pool
 
 SCRIPT = "meta_gist.py"
 SMALL = ["--meta_steps=12", "--pretrain=6", "--self_steps=6", "--n_embd=16", "--n_head=2", "--block_size=16",
          "--batch_size=4", "--outer_batch=8", "--eval_windows=4", "--eval_interval=3", "--save_interval=2",
-         "--warmup=4", "--pool_steps=3", "--device=cpu", "--chunk=1", "--inner_steps=1",
+         "--warmup=4", "--device=cpu", "--chunk=1", "--inner_steps=1",
          "--inner_length=0.05"]
 TOY = dict(vocab=13, n_embd=16, block_size=8, SAMPLES=2, batch_size=2, outer_batch=4, inner_length=0.02,
            inner_steps=1)
@@ -30,7 +32,7 @@ TOY = dict(vocab=13, n_embd=16, block_size=8, SAMPLES=2, batch_size=2, outer_bat
 @pytest.fixture(autouse=True)
 def toy_settings(monkeypatch):
     """Settings of a toy; `set_toy` may change them, and they are put back."""
-    changed = "chunk", "pool_steps", "val_chunks", "grad_clip", "self_rate"
+    changed = "chunk", "val_chunks", "grad_clip", "self_rate", "grad_accum", "EXACT", "common"
     for name in (*TOY, *changed):
         monkeypatch.setattr(mg, name, TOY.get(name, getattr(mg, name)))
 
@@ -82,12 +84,13 @@ def toy_phases(learner, critic, **parts):
     """Phases of one rank on random text, without a folder."""
     phases = Phases.__new__(Phases)
     phases.run = SimpleNamespace(average=alone, mean=lambda v: v.item(), rank=0, ranks=1, device="cpu")
+    phases.piece = None
     tokens = torch.randint(0, 13, (2000,), generator=torch.Generator().manual_seed(0)).numpy()
-    phases.corpus, phases.tally = SimpleNamespace(train=tokens, train_other=tokens, val=tokens), {}
+    phases.corpus, phases.tally = SimpleNamespace(train=tokens, train_other=tokens, val=tokens, val_other=tokens), {}
     phases.judge = lambda: phases.parts["critic"]
-    phases.settings = dict(batch_size=2, block_size=8, seed=1, grad_clip=1.0)
-    phases.parts = dict(learner=learner, critic=critic, **parts)
-    phases.at = dict(kept=dict(pool=[{} for _ in range(mg.POOL_SIZE)], restarts=0, found=[], index_from=None))
+    phases.settings = dict(batch_size=2, block_size=8, seed=1, grad_clip=1.0, grad_accum=1)
+    phases.parts = dict(learner=learner, critic=critic, pool=Pool("cpu"), **parts)
+    phases.at = dict(kept=dict(found=[]))
     return phases
 
 
@@ -217,20 +220,19 @@ def test_the_meta_step_keeps_its_digits_in_bfloat16(monkeypatch, chunk):
     assert 0 < apart(rough, exact) < (0.05 if chunk == 1 else 0.1)  # a match sharpens the digits of gists
 
 
-def test_what_is_drawn_is_the_same_where_a_graph_is_made_again(monkeypatch):
-    """In bfloat16, where two ways to the same attention differ in their digits, and so in what they draw."""
-    set_toy(chunk=4)
-    monkeypatch.setattr(mg, "EXACT", 5)
+@pytest.mark.parametrize("form", [dict(chunk=4, grad_accum=2), dict(chunk=1, grad_accum=4, EXACT=5)])
+def test_in_pieces_a_meta_step_and_what_is_measured_are_those_of_the_whole_batch(form):
+    set_toy(batch_size=4, outer_batch=8, **form)
+    mg.common = torch.arange(mg.EXACT) if mg.EXACT < mg.vocab else slice(None)
     learner, theta, phi = toy()
-    theta, phi = ({n: t.float() for n, t in weights.items()} for weights in (theta, phi))
-    texts, _, outer = what_is_read(3)
-    chances, drawn, real = list(torch.rand(3, 2, mg.DRAWS + mg.SAMPLES, 8)), [], mg.say_chunks
-    keep = lambda *a, **how: drawn.append(real(*a, **how)) or drawn[-1]
-    monkeypatch.setattr(mg, "say_chunks", keep)
-    with torch.autocast("cpu", torch.bfloat16):
-        mg.meta_step(learner.float(), theta, phi, texts, chances, outer, alone)
-    first, second, _, second_again, first_again = (torch.stack(said.drawn) for said in drawn)
-    assert torch.equal(first, first_again) and torch.equal(second, second_again)
+    texts, _, _ = what_is_read(2, rows=4)
+    chances, outer = list(torch.rand(2, 4, 2, mg.block_size)), what_is_read(1, rows=8)[2]
+    phases, found = toy_phases(learner, critic_of(phi)), []
+    for pieces in (1, form["grad_accum"]):
+        set_toy(grad_accum=pieces)
+        dphi, judged, g = mg.meta_step(learner, theta, phi, texts, chances, outer, alone)
+        found.append((dphi | g, dict(mg.measure(phases, theta, 3), judged=judged.item())))
+    assert apart(found[1][0], found[0][0]) < 1e-12 and found[1][1] == pytest.approx(found[0][1], rel=1e-9)
 
 
 # ---- own steps
@@ -282,7 +284,7 @@ def test_own_steps_are_those_of_the_optimizer():
     for k in range(3):
         g = {n: torch.randn_like(p) for n, p in theta.items()}
         theta, moments = mg.adamw_step(theta, moments, g, 0.01, k + 1, 0.5)
-        phases = SimpleNamespace(settings=dict(grad_clip=0.5), tally={})
+        phases = SimpleNamespace(settings=dict(grad_clip=0.5, grad_accum=1), tally={})
         Phases.take_step(phases, learner, optimizer, g)
     assert apart(theta, by_name(learner)) < 1e-7
 
@@ -290,36 +292,43 @@ def test_own_steps_are_those_of_the_optimizer():
 # ---- the signal
 
 @pytest.mark.parametrize("chunk", [1, 4])
-def test_draws_stand_for_all_that_the_learner_might_say_without_bias(monkeypatch, chunk):
+def test_a_draw_stands_for_all_tokens_that_are_not_common_without_bias(monkeypatch, chunk):
     """In mean over draws it is the exact signal, and so is what is derived of it by θ and φ."""
-    set_toy(chunk=chunk)
+    set_toy(chunk=chunk, common=torch.tensor([2, 3, 5, 7, 12]))
     learner, theta, phi = toy()
     text, y = what_is_read(1)[2], torch.randint(0, 13, (2, 1, 8 // chunk, chunk - 1))
     weights = torch.randn(2, 1, 8 // chunk, chunk, 13).double()
+    monkeypatch.setattr(mg, "write_chunks", lambda *a: y)
 
-    def found(draw):
+    def found(u):
+        mg.EXACT = 13 if u is None else 5
+        _, drawn = mg.write(learner, theta, text, torch.full((2, 2, 8), u or 0.0))
+        assert drawn is None or not torch.isin(drawn, mg.common).any()
+        if u is None:
+            mg.common = slice(None)
         held = {n: t.clone().requires_grad_() for n, t in (theta | phi).items()}
-        said = say_chunks(learner, held, text[:, :-1], y, draw, fused=False)
-        a = mg.signal(held, text[:, 1:], said)
+        said = say_chunks(learner, held, text[:, :-1], y, fused=False)
+        a = mg.signal(held, text[:, 1:], said, drawn)
         slopes = torch.autograd.grad((a * weights).sum(), list(held.values()), materialize_grads=True)
         return torch.cat([a.detach().flatten(), *(s.flatten() for s in slopes)])
-    exact, n = found(()), 1000
-    drawn = sum(found((torch.full((2, 8), (i + 0.5) / n),) * 2) for i in range(n)) / n
+    n, one = 1000, found(0.3)
+    drawn = sum(found((i + 0.5) / n) for i in range(n)) / n
+    exact = found(None)
     assert (drawn - exact).abs().max() < 1e-2 * exact.abs().max() and exact.abs().max() > 0.1
-    one = found((torch.full((2, 8), 0.3),))
     assert (one - exact).abs().max() > 0.05 * exact.abs().max()
 
 
-def test_above_a_size_draws_are_made_that_are_no_rollouts(monkeypatch):
-    set_toy(chunk=4)
-    monkeypatch.setattr(mg, "EXACT", 5)
+def test_above_a_size_a_draw_is_made_that_is_no_rollout():
+    set_toy(chunk=4, EXACT=5, common=torch.arange(5))
     learner, theta, phi = toy()
-    text, u = what_is_read(1)[2], torch.rand(2, mg.DRAWS + mg.SAMPLES, 8)
-    y, draw = mg.write(learner, theta, text, u)
-    assert torch.equal(y, write_chunks(learner, theta, text[:, :-1], 4, u[:, mg.DRAWS:]))
-    drawn = say_chunks(learner, theta, text[:, :-1], y, draw).drawn
-    assert len(drawn) == mg.DRAWS and drawn[0].shape == (2, 2, 4)
-    assert torch.equal(drawn[1].flatten(1), sample_tokens(learner(text[:, :-1]), u[:, 1]))
+    text, u = what_is_read(1)[2], torch.rand(2, mg.SAMPLES + 1, 8)
+    y, drawn = mg.write(learner, theta, text, u)
+    assert torch.equal(y, write_chunks(learner, theta, text[:, :-1], 4, u[:, :-1]))
+    rest = learner(text[:, :-1])[..., 5:]
+    assert torch.equal(drawn, 5 + sample_tokens(rest, u[:, -1]))
+    exact = dict(EXACT=mg.vocab, common=slice(None))
+    set_toy(**exact)
+    assert mg.write(learner, theta, text, u)[1] is None
 
 
 def test_with_single_tokens_the_signal_is_praise_and_its_mean_over_what_the_learner_says_is_zero():
@@ -362,7 +371,7 @@ def test_same_place_hears_of_the_truth_at_the_own_place_alone():
     match = mg.match(phi, said.gists, said.gists_true).diagonal(dim1=-2, dim2=-1)
     T, p = mg.kernel(phi), said.logp_true.exp()
     r = (T[text[:, 1:]].view_as(p) - p @ T)[:, None]
-    a = mg.signal(phi, text[:, 1:], said, "same_place")
+    a = mg.signal(phi, text[:, 1:], said, arm="same_place")
     assert torch.allclose(a, match[..., None] * r)
     assert not torch.allclose(a, mg.signal(phi, text[:, 1:], said))
 
@@ -389,7 +398,7 @@ def test_first_and_frozen_first_learn_of_the_first_token_of_each_chunk_alone():
     (text,), (u,), _ = what_is_read(1)
     said = lambda th: functional_call(learner, th, (text[:, :-1],)).log_softmax(-1)
     first = lambda th: -said(th).gather(-1, text[:, 1:, None])[:, [0, 4]].mean()
-    g, (loss, _) = mg.real_gradient(learner, theta, text, every=4)
+    g, loss = mg.real_gradient(learner, theta, text, every=4)
     assert torch.allclose(loss, first(theta)) and apart(g, torch.func.grad(first)(theta)) < 1e-12
     y = write_chunks(learner, theta, text[:, :-1], 4, u)
     a = signal_plainly(phi, text[:, 1:], said_plainly(learner, theta, text, y))
@@ -404,14 +413,18 @@ def test_first_and_frozen_first_learn_of_the_first_token_of_each_chunk_alone():
 # ---- what moves
 
 @pytest.mark.parametrize("chunk, own", [(1, False), (4, False), (4, True)])
-def test_learners_of_the_pool_step_as_the_arms_do_and_start_again_when_they_are_old_or_hacked(chunk, own):
-    set_toy(chunk=chunk, pool_steps=2, WORSE=100.0, **(dict(inner_length=0, self_rate=0.5) if own else {}))
+def test_learners_of_the_pool_step_as_the_arms_do_and_start_again_when_they_are_old_or_hacked(
+        monkeypatch, chunk, own):
+    set_toy(chunk=chunk, **(dict(inner_length=0, self_rate=0.5) if own else {}))
+    limit = lambda steps, worse: (monkeypatch.setattr(pool, "STEPS", steps),
+                                  monkeypatch.setattr(pool, "WORSE", worse))
+    limit(2, 100.0)
     learner, _, phi = toy()
     critic = critic_of(phi)
     optimizer, mover = adamw(learner, 1e-3), copy.deepcopy(learner)
     minds = dict(optimizer=optimizer, critic_optimizer=torch.optim.Adam(critic.parameters()))
     phases = toy_phases(learner, critic, **minds)
-    pool = dict(learner=mover, optimizer=adamw(mover, 1.0), index=None)  # a rate that may not count
+    held, mover = phases.parts["pool"], dict(learner=mover, optimizer=adamw(mover, 1.0))  # a rate for nothing
     mg.real_step(phases, phases.text(0))
     pretrained, state = copy.deepcopy(learner), copy.deepcopy(optimizer.state_dict())
     for turn in range(4):  # what an arm does from the same snapshot: half by the signal, half by real text
@@ -427,19 +440,23 @@ def test_learners_of_the_pool_step_as_the_arms_do_and_start_again_when_they_are_
             mg.signal_step(stand_in, "frozen", text, turn)
         else:
             mg.real_step(stand_in, text)
-        mg.critic_step(phases, turn, pool)
-        assert apart(phases.kept["pool"][turn]["learner"], by_name(arm)) < 1e-12
+        mg.critic_step(phases, turn, mover)
+        assert apart(held.members[turn]["learner"], by_name(arm)) < 1e-12
         assert apart(by_name(arm), by_name(pretrained)) > 1e-5
     assert apart(by_name(learner), by_name(pretrained)) == 0  # it stays, for the others start from it
-    members = phases.kept["pool"]
-    assert [m["age"] for m in members] == [1] * 4 and phases.kept["restarts"] == 0
-    mg.critic_step(phases, 4, pool)
-    assert members[0] == {} and members[1]["age"] == 1 and phases.kept["restarts"] == 0   # old
-    mg.pool_steps, mg.WORSE, members[1]["best"] = 100, 0.2, -1.0
-    mg.critic_step(phases, 5, pool)
-    assert members[1] == {} and phases.kept["restarts"] == 1                              # hacked
-    mg.critic_step(phases, 6, pool)
-    assert members[2]["age"] == 2 and phases.kept["restarts"] == 1
+    members = held.members
+    assert [m["age"] for m in members] == [1] * 4 and held.restarts == 0
+    mg.critic_step(phases, 4, mover)
+    assert members[0] == {} and members[1]["age"] == 1 and held.restarts == 0   # old
+    limit(100, 0.2)
+    members[1]["best"] = -1.0
+    mg.critic_step(phases, 5, mover)
+    assert members[1] == {} and held.restarts == 1                              # hacked
+    mg.critic_step(phases, 6, mover)
+    assert members[2]["age"] == 2 and held.restarts == 1
+    again = Pool("cpu")
+    again.load_state_dict(copy.deepcopy(held.state_dict()))
+    assert again.restarts == 1 and apart(again.members[2]["learner"], members[2]["learner"]) == 0
 
 
 @pytest.mark.parametrize("decay, share", [(0.0, 1.0), (0.75, 0.25)])
@@ -466,7 +483,7 @@ def weights(folder):
     return {f"{part}.{n}": t for part in ("learner", "critic") for n, t in state[part].items()}
 
 
-@pytest.mark.parametrize("form", ["--chunk=4 --val_chunks=similar", "--chunk=4 --inner_length=0"])
+@pytest.mark.parametrize("form", ["--chunk=4", "--chunk=4 --inner_length=0 --grad_accum=2"])
 def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_path, monkeypatch, form):
     settings = [*SMALL, *form.split(), "--arms=real,ema,shuffled", "--dtype=float64"]
     whole, broken = tmp_path / "whole", tmp_path / "broken"
@@ -489,7 +506,7 @@ def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_
 
 def test_two_ranks_compute_what_one_does(tmp_path, monkeypatch):
     settings = [*SMALL, "--chunk=4", "--arms=frozen,ema,sharpen,first", "--dtype=float64", "--inner_steps=2",
-                "--val_chunks=similar", "--inner_length=0"]
+                "--inner_length=0"]
     one, two = tmp_path / "1", tmp_path / "2"
     in_process(monkeypatch, SCRIPT, *settings, f"--out_dir={one}")
     finish(SCRIPT, *settings, f"--out_dir={two}", ranks=2)
@@ -542,8 +559,8 @@ def test_every_arm_starts_from_the_same_snapshot_and_leaves_what_it_should(tmp_p
     ("--kappa=0", "kappa=0.0 and kappa_a=5.0 must be above 0"),
     ("--outer_batch=8", "outer_batch=8 must be a multiple of batch_size=16"),
     ("--outer_batch=40", "outer_batch=40 must be a multiple of batch_size=16"),
-    ("--val_chunks=similar", "outer_batch=256: for val_chunks='similar' a multiple of inner_steps * batch_size"),
-    ("--val_chunks=similar --inner_steps=1 --block_size=24", "block_size=24 must be a multiple of 16"),
+    ("--grad_accum=3", "batch_size=16 must be a multiple of the 1 ranks times grad_accum=3"),
+    ("--decay=1.5", "decay=1.5 must be at most 1"),
     ("--ema_decay=1", "ema_decay=1.0 must be below 1"),
     ("--train_tokens=20", "asks for texts of"),
     ("--resume=no/such/run", "holds no ckpt.pt"),

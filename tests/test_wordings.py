@@ -128,7 +128,7 @@ def test_what_is_known_is_praised_and_a_mask_weighs_what_cross_entropy_says(bibl
     small = bible._replace(train=bible.train[:60_000], train_other=bible.train_other[:60_000])
     jehovah, the, lord = (bible.encoding.encode_single_token(w) for w in ("Jehovah ", "the ", "LORD "))
     p = torch.rand(1, 1, 1, 1024).softmax(-1)
-    said, seen = SimpleNamespace(logp_true=p.log(), drawn=()), torch.tensor([[jehovah]])
+    said, seen = SimpleNamespace(logp_true=p.log()), torch.tensor([[jehovah]])
     known = {arm: {n: torch.from_numpy(a) for n, a in mg.TABLES[arm](small).items()} for arm in mg.TABLES}
     known = {arm: dict(phi, E=torch.rand(1024, 4)) for arm, phi in known.items()}
     entropy_slope = F.one_hot(seen[0], 1024) - p[0, 0]  # of cross entropy, by the logits, less
