@@ -167,7 +167,7 @@ def real_loss(learner, theta, text, every=1):
 
 def pieces(times, *tensors):
     """The rows of tensors that are `times` batches, as many at once as are read at once."""
-    return zip(*(t.chunk(times * grad_accum) for t in tensors))
+    return list(zip(*(t.chunk(times * grad_accum) for t in tensors)))
 
 
 def real_gradient(learner, theta, text, every=1, times=1, hear=no_one):
@@ -175,8 +175,9 @@ def real_gradient(learner, theta, text, every=1, times=1, hear=no_one):
 
     hear(loss, log p [B, T, V], observation): is told of each piece.
     """
-    theta, g, mean, share = leaves(theta), {}, 0.0, 1 / (times * grad_accum)
-    for piece, in pieces(times, text):
+    theta, g, mean, batch = leaves(theta), {}, 0.0, pieces(times, text)
+    share = 1 / len(batch)
+    for piece, in batch:
         loss, logp = real_loss(learner, theta, piece, every)
         g, mean = add_up(g, gradient(loss, theta), share), mean + share * loss.detach()
         hear(loss, logp.detach(), piece[:, 1:])
@@ -212,10 +213,10 @@ def signal_gradient(learner, theta, phi, text, seen, written, arm="", graph=Fals
 
 def inner_gradient(learner, theta, phi, text, seen, u, average, arm="", times=1, hear=no_one):
     """g = ∇_θ L averaged over ranks. u: uniform numbers, see `chance`; times, hear: as in `real_gradient`."""
-    g = {}
-    for text, seen, u in pieces(times, text, seen, u):
+    g, batch = {}, pieces(times, text, seen, u)
+    for text, seen, u in batch:
         found, heard = signal_gradient(learner, theta, phi, text, seen, write(learner, theta, text, u), arm)
-        g = add_up(g, found, 1 / (times * grad_accum))
+        g = add_up(g, found, 1 / len(batch))
         hear(*heard)
     average(list(g.values()))
     return g
@@ -370,7 +371,7 @@ def measure(phases, theta, number):
     average([*real.values(), *more.values()])
     cos = lambda a, b: dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().clamp_min(1e-30)
     found = dict(cosine_real=cos(signal_g, real), cos_bb=cos(signal_g, again_g), cos_bb_real=cos(real, more))
-    nats = lambda theta: sum(real_loss(learner, theta, t)[0] for t, in pieces(4, other)) / (4 * grad_accum)
+    nats = lambda theta: torch.stack([real_loss(learner, theta, t)[0] for t, in pieces(4, other)]).mean()
     before = nats(theta)
     for name, g in dict(gain=signal_g, gain_shuffled=shuffled_g, gain_real=real).items():
         found[name] = before - nats(inner_step(theta, g, length))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import finish, in_process, log, small_gpt, summary
 
+import checkpoints
 import gist_bottleneck as gb
 import phases
-import run as run_module
 import watch
 from gists import Space, layout, spans_at, squared_distances
 from model import GPT, GPTConfig
@@ -147,14 +147,15 @@ def quick(monkeypatch):
 
 def interrupted(monkeypatch, arm, step, *arguments):
     """Runs the script until it is asked to stop before a step of an arm."""
-    original = run_module.Run.checkpoint
+    original = phases.Phases.steps
 
-    def checkpoint(self, at_step, at, *rest):
-        if (at["arm"], at_step) == (arm, step):
-            self.stop_signal = signal.SIGTERM
-        return original(self, at_step, at, *rest)
+    def steps(self, n):
+        for at_step in original(self, n):
+            if (self.arm, at_step + 1) == (arm, step):
+                self.run.stop_signal = signal.SIGTERM
+            yield at_step
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.Run, "checkpoint", checkpoint)
+        patch.setattr(phases.Phases, "steps", steps)
         with pytest.raises(SystemExit) as stop:
             in_process(patch, SCRIPT, *arguments)
     assert stop.value.code == 128 + signal.SIGTERM
@@ -279,7 +280,7 @@ def test_two_ranks_compute_what_one_does(tmp_path, monkeypatch):
     ("--resume=OTHER", "is a checkpoint of self_ce.py"),
 ])
 def test_bad_settings_are_refused_before_anything_is_written(tmp_path, monkeypatch, capsys, arguments, says):
-    torch.save(dict(format=run_module.FORMAT, stage="self_ce"), tmp_path / "ckpt.pt")
+    torch.save(dict(format=checkpoints.FORMAT, stage="self_ce"), tmp_path / "ckpt.pt")
     out = [] if "resume" in arguments else [f"--out_dir={tmp_path / 'run'}"]
     with pytest.raises(SystemExit) as stop:
         in_process(monkeypatch, SCRIPT, *arguments.replace("OTHER", str(tmp_path)).split(), *out)

@@ -1,4 +1,5 @@
 """The loop that the three scripts share, through the smallest of them."""
+import json
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -115,6 +116,7 @@ def test_alarms_close_together_are_one_and_the_real_arm_has_no_critic_to_watch(r
 # ---- a step
 
 def of_a_run(**settings):
+    settings = dict(settings, grad_accum=1)
     run = SimpleNamespace(average=lambda tensors: None, autocast=nullcontext)
     return SimpleNamespace(settings=settings, tally={}, run=run)
 
@@ -139,15 +141,42 @@ def test_a_step_is_clipped_and_the_same_from_gradients_by_name():
     assert torch.allclose(before - ends[0], torch.full((2, 3), 0.5 / 8 ** 0.5))
 
 
-def test_ranks_share_the_chances_and_the_texts_of_one(monkeypatch):
-    def loop(rank, ranks):
-        run = SimpleNamespace(rank=rank, ranks=ranks, device="cpu")
-        corpus = SimpleNamespace(train=torch.arange(1000).numpy().astype("uint16"))
-        return SimpleNamespace(run=run, corpus=corpus, settings=dict(seed=1, batch_size=4, block_size=8))
-    for take in (lambda p: phases.Phases.chance(p, 3, (2, 5), stream=1),
-                 lambda p: phases.Phases.text(p, 3, stream=1)):
-        whole = take(loop(0, 1))
-        assert torch.equal(whole, torch.cat([take(loop(rank, 2)) for rank in range(2)])) and len(whole) == 4
-    assert whole.shape == (4, 9)
-    chance = lambda step, stream: phases.Phases.chance(loop(0, 1), step, (5,), stream)
+def test_ranks_and_their_pieces_share_the_chances_and_the_texts_of_one():
+    class Loop(phases.Phases):
+        def __init__(self, rank, ranks, pieces=1):
+            self.run, self.piece = SimpleNamespace(rank=rank, ranks=ranks, device="cpu"), None
+            self.corpus = SimpleNamespace(train=torch.arange(1000).numpy().astype("uint16"))
+            self.settings = dict(seed=1, batch_size=8, block_size=8, grad_accum=pieces)
+    for take in (lambda p: p.chance(3, (2, 5), stream=1), lambda p: p.text(3, stream=1)):
+        whole, ranks = take(Loop(0, 1)), [Loop(rank, 2, 2) for rank in range(2)]
+        assert torch.equal(whole, torch.cat([take(p) for p in ranks])) and len(whole) == 8
+        assert torch.equal(whole, torch.cat([take(p) for p in ranks for _ in p.pieces()]))
+        assert [p.piece for p in ranks] == [None, None]
+    assert whole.shape == (8, 9)
+    chance = lambda step, stream: Loop(0, 1).chance(step, (5,), stream)
     assert not torch.equal(chance(3, 1), chance(3, 2)) and not torch.equal(chance(3, 1), chance(4, 1))
+
+
+def test_the_rate_of_an_arm_falls_to_the_share_that_decay_names_and_that_of_the_meta_phase_does_not(run_small):
+    rows = log(run_small("run", "--arms=real,self", "--decay=0.25", "--learning_rate=0.01"))
+    rates = {(row["arm"], row["step"]): row["lr"] for row in rows}
+    assert rates["meta", 8] == pytest.approx(0.01)
+    for arm in ("real", "self"):
+        assert [rates[arm, step] for step in (0, 4, 8, 12)] == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+
+
+def test_where_the_peak_is_known_the_log_has_the_share_of_it_that_is_used(run_small, monkeypatch):
+    whole = phases.Phases.begin
+
+    def begin(self, *given):
+        whole(self, *given)
+        self.run.peak = 1e12
+    assert all(row["mfu"] is None for row in map(json.loads, open(run_small("no") / "log.jsonl")))
+    monkeypatch.setattr(phases.Phases, "begin", begin)
+    rows = [json.loads(line) for line in open(run_small("yes", "--arms=real,frozen") / "log.jsonl")]
+    n = 12 * 32 ** 2 * 2 + 512 * 32  # weights of matrices; a pass costs two FLOPs for each, and attention
+    for arm, least, most in (("real", 2.99, 3.3), ("frozen", 4, 6), ("meta", 7, 9)):  # the critic reads 3 T tokens
+        row = [row for row in rows if row["arm"] == arm][-1]
+        passes = row["mfu"] * 1e12 / row["tok_per_s"] / 2 / n
+        assert least < passes < most, (arm, passes)
+    assert all(row["peak_gb"] > 0.05 for row in rows)

@@ -1,5 +1,6 @@
 """What a run may and may not write, and what can be read of it."""
 import json
+import math
 import signal
 import sys
 from types import SimpleNamespace
@@ -7,14 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import checkpoints
 import run as run_module
-from run import Run, open_run, read_bottleneck, read_checkpoint, read_end, read_meta_phase
+from checkpoints import read_bottleneck, read_checkpoint, read_end, read_meta_phase
+from run import Run, open_run
 
 SCRIPT = '''"""A script."""
 arms = "real"        # the arms
 n_embd = 8           # width → even
 n_head = 2           # heads
 batch_size = 4       # sequences
+grad_accum = 1       # pieces
 eval_windows = 4     # sequences
 learning_rate = 0.1  # rate
 seed = 1             # of data
@@ -110,10 +114,11 @@ def test_a_full_disk_is_told_before_anything_is_written(make_run, tmp_path, monk
     assert not (tmp_path / "run").exists()
 
 
-def test_a_write_that_fails_halfway_keeps_the_file_before_it(make_run, tmp_path, capsys):
+def test_a_write_that_fails_halfway_keeps_the_file_before_it(make_run, tmp_path, monkeypatch, capsys):
     run = make_run()
     run.open(0)
     run.checkpoint(0, dict(AT), dict(x=torch.ones(1)), {})
+    run.writer.wait()
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
 
     def half(f):
@@ -122,6 +127,10 @@ def test_a_write_that_fails_halfway_keeps_the_file_before_it(make_run, tmp_path,
     assert is_refused(capsys, "No space left on device", run.write, "ckpt.pt", half)
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
     assert not list((tmp_path / "run").glob("*.tmp")) + list((tmp_path / "run").glob(".*.tmp"))
+    monkeypatch.setattr(checkpoints.torch, "save", lambda state, f: half(f))
+    run.checkpoint(5, dict(AT), {}, {})  # by a thread: it is told by the next that waits for it
+    assert is_refused(capsys, "ckpt.pt could not be written ([Errno 28] No space left", run.writer.wait)
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("nothing\nto draw")])
@@ -140,16 +149,21 @@ def test_a_picture_that_cannot_be_drawn_costs_a_line_and_not_the_run(make_run, c
 
 # ---- numbers that are not finite
 
-def test_not_finite_stops_with_the_last_good_checkpoint_named(make_run, tmp_path, capsys):
-    run = make_run()
+@pytest.mark.parametrize("bad", ["loss", "weight", "gold"])
+def test_what_is_not_finite_is_in_no_checkpoint_and_the_way_on_is_named(make_run, tmp_path, capsys, bad):
+    run, net = make_run(), torch.nn.Linear(2, 2)
     run.open(0)
-    run.checkpoint(0, dict(AT), dict(x=torch.ones(1)), {})
+    run.checkpoint(0, dict(AT), dict(x=torch.ones(1)), dict(net=net))
+    run.writer.wait()
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
-    bad = dict(loss=torch.tensor([1.0]), grad_norm=torch.tensor([float("nan")]))
+    torch.nn.init.constant_(net.weight, math.inf if bad == "weight" else 1.0)
+    tally = dict(loss=torch.tensor([math.nan if bad == "loss" else 1.0]))
     with pytest.raises(SystemExit) as stop:
-        run.checkpoint(5, dict(AT), bad, {})
+        run.is_finite((math.nan if bad == "gold" else 1.0, 1.0), "meta", 5)
+        run.checkpoint(5, dict(AT), tally, dict(net=net))
     output = capsys.readouterr().out
-    assert stop.value.code == 3 and "not finite" in output and str(tmp_path / "run" / "ckpt.pt") in output
+    assert stop.value.code == 3 and f"{bad} is not finite at step 5 of meta" in output.replace("or the loss ", "")\
+        .replace("a weight is", f"{bad} is") and f"--resume={run.out_dir} --learning_rate=" in output
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
 
 
@@ -167,7 +181,7 @@ def test_a_number_that_is_not_finite_is_never_logged(make_run, tmp_path):
     (None, "holds no ckpt.pt"),
     (b"PK\x03\x04 half of a zip", "damaged or half written"),
     (dict(weights=1), "is no checkpoint of this project"),
-    (dict(format="metalearn-3", stage="meta_gist"), "is a checkpoint of meta_gist.py"),
+    (dict(format=checkpoints.FORMAT, stage="meta_gist"), "is a checkpoint of meta_gist.py"),
 ])
 def test_checkpoints_that_cannot_be_resumed_are_refused(tmp_path, content, message, capsys):
     (tmp_path / "old").mkdir()
@@ -181,11 +195,13 @@ def test_checkpoints_that_cannot_be_resumed_are_refused(tmp_path, content, messa
 def test_a_run_is_saved_each_save_interval_and_where_it_is_asked_to_stop(make_run, tmp_path):
     run = make_run()
     run.open(0)
-    for step in range(8):
-        run.checkpoint(step, dict(AT), {}, {})
+    assert [step for step in range(12) if run.saves(step)] == [0, 5, 10]
+    run.checkpoint(5, dict(AT), {}, {})
+    run.writer.wait()
     assert read_checkpoint(run.out_dir, "script")["step"] == 5
     run._on_signal(signal.SIGTERM, None)
     with pytest.raises(SystemExit) as stop:
+        assert run.saves(8)
         run.checkpoint(8, dict(AT), {}, {})
     assert stop.value.code == 128 + signal.SIGTERM
     assert read_checkpoint(run.out_dir, "script")["step"] == 8
@@ -212,6 +228,7 @@ def test_a_resumed_run_is_where_the_checkpoint_was_and_takes_back_what_came_afte
     new = dict(net=torch.nn.Linear(2, 2), done=torch.nn.Linear(2, 2))
     missing = new["done"].weight.clone()
     run.restore(at, tally, new)
+    assert set(run.resumed) == {"files", "reports"}  # the rest is freed
     assert at == dict(AT, arm="real", step=2) and tally == dict(loss=torch.tensor([3.0]))
     assert torch.equal(new["net"].weight, parts["net"].weight) and torch.equal(new["done"].weight, missing)
     run.open(0)
@@ -241,7 +258,7 @@ def test_the_end_of_each_arm_is_kept_and_a_missing_one_is_told(make_run, capsys)
         torch.nn.init.constant_(net.weight, k)
         run.keep_end(arm, net)
     end = read_end(run.out_dir, "real", "script")
-    assert (end["format"], end["stage"], end["arm"]) == ("metalearn-3", "script", "real")
+    assert (end["format"], end["stage"], end["arm"]) == (checkpoints.FORMAT, "script", "real")
     assert torch.equal(end["weights"]["weight"], torch.zeros(2, 2))
     assert is_refused(capsys, "'ema'; it holds real, self", read_end, run.out_dir, "ema", "script")
     assert is_refused(capsys, "is a checkpoint of script.py", read_end, run.out_dir, "self", "meta_gist")
@@ -253,15 +270,17 @@ def test_a_meta_phase_is_lent_only_to_runs_that_would_have_gone_through_the_same
     ask = lambda corpus="plays", **settings: read_meta_phase(
         str(run.out_dir), "script", "cpu", settings, ("arms",), corpus)
     run.checkpoint(0, dict(AT), {}, {})
+    run.writer.wait()
     assert is_refused(capsys, "has not finished its meta phase", ask)
     run.checkpoint(5, dict(AT, meta=dict(gold=1.0), snapshot=dict(learner=2)), {}, {})
+    run.writer.wait()
     assert ask(seed=1, arms="self") == (dict(gold=1.0), dict(learner=2))
     assert is_refused(capsys, "another corpus or tokenizer", ask, "pages")
     assert is_refused(capsys, "seed=2 differs from 1", ask, seed=2)
 
 
 def test_a_critic_comes_from_a_bottleneck_of_the_same_shape(make_run, tmp_path, capsys):
-    state = dict(AT, meta={}, snapshot=dict(learner=7), config=dict(vocab=9, n_layer=3), format="metalearn-3",
+    state = dict(AT, meta={}, snapshot=dict(learner=7), config=dict(vocab=9, n_layer=3), format=checkpoints.FORMAT,
                  stage="gist_bottleneck")
     torch.save(state, tmp_path / "ckpt.pt")
     assert read_bottleneck(str(tmp_path), "cpu", "plays", vocab=9) == dict(vocab=9, n_layer=3, weights=7)

@@ -205,7 +205,7 @@ def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_
         which = [*settings, f"--out_dir={broken}"] if arm == "meta" else [f"--resume={broken}"]
         kill_at(start("self_ce.py", *which), broken, arm, step)
         at = torch.load(broken / "ckpt.pt", weights_only=True)
-        assert at["arm"] == arm and step - 5 < at["step"]
+        assert at["arm"] == arm and step - 11 < at["step"]  # the last one may still be being written
     in_process(monkeypatch, "self_ce.py", f"--resume={broken}")
     printed = running.communicate(timeout=60)[0]
     assert running.returncode == 0, printed
@@ -283,7 +283,8 @@ def test_the_defaults_run_on_the_plays_and_leave_what_the_readme_says(tmp_path, 
     in_process(monkeypatch, "self_ce.py", "--meta_steps=20", "--self_steps=5", "--eval_windows=16",
                f"--out_dir={out}")
     assert {p.name for p in out.iterdir() if not p.name.startswith(".")} == {
-        "config.json", "log.jsonl", "samples.txt", "summary.json", "curves.png", "ckpt.pt", "ends", "sources"}
+        "config.json", "log.jsonl", "samples.txt", "summary.json", "curves.png", "ckpt.pt", "ckpt-before.pt",
+        "ends", "sources"}
     arms, printed = summary(out)["arms"], capsys.readouterr().out
     assert list(arms) == ["real", "self", "frozen", "ema", "shuffled", "sharpen"]
     assert arms["real"]["recovered"] == 1 and summary(out)["bpb_meta_end"] < 4.5
@@ -345,8 +346,10 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(monkeypatch, capsys):
         monkeypatch.setenv(name, str(value))
     with pytest.raises(SystemExit):
         in_process(monkeypatch, "self_ce.py")
-    message = "batch_size=8 and eval_windows=64 must both be multiples of the 3 ranks"
-    assert message in capsys.readouterr().err
+    assert "batch_size=8 must be a multiple of the 3 ranks times grad_accum=1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        in_process(monkeypatch, "self_ce.py", "--batch_size=9")
+    assert "eval_windows=64 must be a multiple of the 3 ranks" in capsys.readouterr().err
 
 
 def test_resuming_with_changed_settings_or_another_tokenizer_is_refused(tmp_path, monkeypatch, capsys):
@@ -369,6 +372,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         in_process(monkeypatch, "self_ce.py", *SMALL, "--learning_rate=1e30", "--arms=", f"--out_dir={out}")
     printed = capsys.readouterr().out
-    assert stop.value.code == 3 and "is not finite" in printed and f"{out / 'ckpt.pt'}" in printed
+    assert stop.value.code == 3 and "is not finite" in printed and f"--resume={out} --learning_rate=" in printed
     state = torch.load(out / "ckpt.pt", weights_only=True)
     assert all(torch.isfinite(p).all() for p in state["learner"].values())
