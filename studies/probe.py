@@ -25,11 +25,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules
 from configurator import refuse
+from corpus import decode, get_batch, val_windows, windows
 from gists import Space, layout, past_of, read, squared_distances, starts_of, vectors, whitening
 from model import adamw
 from planted import LAGS, planted_answers, true_classes
 from plot import interval
-from prepare_data import decode, get_batch, val_windows, windows
 from run import read_end
 from sample import model_of, read_run
 from wordings import NAME, classes, pairs

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiktoken
-import torch
 
 import prepare_data as pd
+from corpus import SPLITS, decode, open_corpus
 
 TEXT = "".join(f"Line {i} of {i * i % 97} says that {i % 13} and {i % 7} are friends.\n" for i in range(2000))
 ROWS = [{"text": f"Document {i}: ünïcode, <|endoftext|> and {i ** 3}.\n"} for i in range(500)]
@@ -21,7 +21,7 @@ ROWS = [{"text": f"Document {i}: ünïcode, <|endoftext|> and {i ** 3}.\n"} for 
 
 def prepared(name, vocab, root, **settings):
     pd.prepare(str(name), vocab, root, **settings)
-    return pd.open_corpus(str(name), vocab, root)
+    return open_corpus(str(name), vocab, root)
 
 
 @pytest.fixture(scope="module")
@@ -69,19 +69,19 @@ def stream(monkeypatch, rows):
 
 def test_the_plays_decode_to_their_text_and_every_byte_is_counted(plays):
     root, corpus = plays
-    texts = {split: [] for split in pd.SPLITS}
+    texts = {split: [] for split in SPLITS}
     for split, title, text in pd.load("plays", 512, root)[1]:
         texts[split].append(text)
     for split, tokens in (("train", corpus.train), ("val", corpus.val)):
         text, meta = "\n\n".join(texts[split]), corpus.meta[split]
-        assert pd.decode(corpus, tokens) == text
+        assert decode(corpus, tokens) == text
         assert meta["bytes"] == len(text.encode()) == corpus.token_bytes[tokens].sum()
         assert meta["tokens"] == len(tokens) and meta["bytes_per_token"] == meta["bytes"] / meta["tokens"]
     assert len(corpus.token_bytes) == corpus.vocab_size == corpus.encoding.n_vocab == 512
 
 
 def test_no_mark_of_markdown_is_left_and_the_lines_stay(plays):
-    text = pd.decode(plays[1], plays[1].train) + pd.decode(plays[1], plays[1].val)
+    text = decode(plays[1], plays[1].train) + decode(plays[1], plays[1].val)
     assert not set("#*_\\`~<>|") & set(text) and " \n" not in text and "\n\n\n" not in text
     assert "DUKE ORSINO\nIf music be the food of love, play on;\nGive me excess of it, that" in text
     assert pd.plays.plain("## ACT I\n\n_Exit_\n\n\n**A & B**  \n__\\[Sings]_  \nhey,'\\--he  \n") == (
@@ -89,33 +89,33 @@ def test_no_mark_of_markdown_is_left_and_the_lines_stay(plays):
 
 
 def test_the_plays_are_split_whole_and_a_tenth_is_held_out(plays):
-    train, val = (plays[1].meta[split] for split in pd.SPLITS)
+    train, val = (plays[1].meta[split] for split in SPLITS)
     assert sorted(val["titles"]) == sorted(pd.plays.VAL_PLAYS)
     assert not set(train["titles"]) & set(val["titles"])
     assert len(set(train["titles"] + val["titles"])) == 38 == train["documents"] + val["documents"]
     assert 0.08 < val["bytes"] / (train["bytes"] + val["bytes"]) < 0.12
-    train, val = (pd.decode(plays[1], tokens) for tokens in (plays[1].train, plays[1].val))
+    train, val = (decode(plays[1], tokens) for tokens in (plays[1].train, plays[1].val))
     for name in ("MALVOLIO", "CARDINAL PANDULPH", "MACBETH", "LEONTES"):
         assert name not in train and name in val
 
 
 def test_a_folder_of_ten_files_holds_out_whole_files_and_a_single_file_its_end(tmp_path, book):
-    corpus = pd.open_corpus(str(book[0]), 256, book[1])
-    train, val = pd.decode(corpus, corpus.train), pd.decode(corpus, corpus.val)
+    corpus = open_corpus(str(book[0]), 256, book[1])
+    train, val = decode(corpus, corpus.train), decode(corpus, corpus.val)
     assert train + val == TEXT and val.startswith("Line ") and 0.09 < len(val) / len(TEXT) < 0.12
     for i in range(20):
         path = tmp_path / "texts" / str(i % 2) / f"{i:02}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(f"file {i}\r\n".encode() + TEXT[:1000].encode())
     corpus = prepared(tmp_path / "texts", 300, tmp_path)
-    assert pd.decode(corpus, corpus.val) == f"file 18\r\n{TEXT[:1000]}\n\nfile 19\r\n{TEXT[:1000]}"
+    assert decode(corpus, corpus.val) == f"file 18\r\n{TEXT[:1000]}\n\nfile 19\r\n{TEXT[:1000]}"
     assert corpus.meta["train"]["documents"] == 18 and corpus.encoding.n_vocab == 300
 
 
 def test_a_stream_is_written_until_enough_and_every_hundredth_document_is_held_out(tmp_path, monkeypatch):
     stream(monkeypatch, lambda: ROWS)
     corpus = prepared("fineweb-edu", 256, tmp_path)
-    assert pd.decode(corpus, corpus.val) == "\n\n".join(row["text"] for row in ROWS[::100])
+    assert decode(corpus, corpus.val) == "\n\n".join(row["text"] for row in ROWS[::100])
     assert corpus.meta["train"]["documents"] == 495
     meta = prepared("fineweb-edu", 256, tmp_path / "some", stream_tokens=6000).meta
     assert 6000 <= meta["train"]["tokens"] + meta["val"]["tokens"] < 6100
@@ -129,47 +129,11 @@ def test_gpt2_puts_its_special_token_between_documents_and_counts_it_as_no_text(
     stream(monkeypatch, lambda: ROWS)
     pd.prepare("fineweb-edu", 50257, tmp_path)
     monkeypatch.undo()
-    corpus = pd.open_corpus("fineweb-edu", 50257, tmp_path)
-    assert pd.decode(corpus, corpus.val) == "<|endoftext|>".join(row["text"] for row in ROWS[::100])
+    corpus = open_corpus("fineweb-edu", 50257, tmp_path)
+    assert decode(corpus, corpus.val) == "<|endoftext|>".join(row["text"] for row in ROWS[::100])
     assert (corpus.val == 50256).sum() == 4  # the text's own "<|endoftext|>" is text
     assert corpus.token_bytes[corpus.val].sum() == corpus.meta["val"]["bytes"]
     assert corpus.meta["val"]["bytes"] == sum(len(row["text"].encode()) for row in ROWS[::100])
-
-
-def test_the_ranks_together_read_the_same_batch_whatever_their_number():
-    tokens = np.arange(10_000, dtype=np.uint16)
-    whole = pd.get_batch(tokens, 1, 7, 8, 33)
-    assert whole.shape == (8, 33) and whole.dtype == torch.int64
-    for ranks in (1, 2, 4):
-        parts = [pd.get_batch(tokens, 1, 7, 8, 33, rank, ranks) for rank in range(ranks)]
-        assert torch.equal(torch.cat(parts), whole)
-
-
-def test_a_batch_depends_on_seed_stream_and_step_alone():
-    tokens = np.arange(10_000, dtype=np.uint16)
-    first = {step: pd.get_batch(tokens, 1, step, 8, 33) for step in range(5)}
-    np.random.seed(0), torch.manual_seed(0)
-    for step in (4, 3):  # a resumed run begins anywhere
-        assert torch.equal(pd.get_batch(tokens, 1, step, 8, 33), first[step])
-    others = [pd.get_batch(tokens, 2, 0, 8, 33), pd.get_batch(tokens, 1, 0, 8, 33, stream=1)]
-    assert len({tuple(batch[:, 0].tolist()) for batch in [first[0], first[1], *others]}) == 4
-
-
-def test_windows_are_contiguous_and_reach_both_ends():
-    tokens = np.arange(100, dtype=np.uint16)
-    drawn = torch.cat([pd.get_batch(tokens, 0, step, 64, 90) for step in range(10)])
-    assert torch.equal(drawn - drawn[:, :1], torch.arange(90).expand(640, -1))
-    assert set(drawn[:, 0].tolist()) == set(range(11))
-    assert pd.val_windows(tokens, 4, 10)[:, 0].tolist() == [0, 30, 60, 90]
-    assert torch.equal(pd.val_windows(tokens, 1, 100)[0], torch.arange(100))
-
-
-def test_impossible_batches_are_value_errors():
-    tokens = np.arange(100, dtype=np.uint16)
-    for call in (lambda: pd.get_batch(tokens, 0, 0, 8, 101), lambda: pd.get_batch(tokens, 0, 0, 8, 10, 0, 3),
-                 lambda: pd.val_windows(tokens, 4, 101)):
-        with pytest.raises(ValueError, match="must be"):
-            call()
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -184,18 +148,18 @@ def test_impossible_batches_are_value_errors():
 def test_a_damaged_folder_is_refused_by_both_who_open_it(book, capsys, damage, words):
     path, root = book
     damage(root / "book-256")
-    for call in (pd.open_corpus, pd.prepare):
+    for call in (open_corpus, pd.prepare):
         message = refused(capsys, root, lambda: call(str(path), 256, root), *words)
         assert f"delete the folder and run\npython prepare_data.py --dataset={path} --vocab=256" in message
 
 
 def test_a_missing_folder_another_source_and_a_changed_text_are_refused(book, capsys, tmp_path):
     path, root = book
-    refused(capsys, root, lambda: pd.open_corpus(str(path), 300, root), "book-300 does not exist; run")
+    refused(capsys, root, lambda: open_corpus(str(path), 300, root), "book-300 does not exist; run")
     other = tmp_path / "elsewhere" / "book.txt"
     other.parent.mkdir()
     other.write_text(TEXT)
-    for call in (pd.open_corpus, pd.prepare):
+    for call in (open_corpus, pd.prepare):
         refused(capsys, root, lambda: call(str(other), 256, root), path, other)
     path.write_text(TEXT + "more\n")
     refused(capsys, root, lambda: pd.prepare(str(path), 256, root), "has changed since", path)
@@ -255,7 +219,7 @@ def test_a_broken_stream_or_a_full_disk_leaves_nothing(tmp_path, capsys, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(pd.os, "rename", full)
         refused(capsys, tmp_path, prepare, "No space left on device", "nothing was kept")
-    refused(capsys, tmp_path, lambda: pd.open_corpus("fineweb-edu", 256, tmp_path), "does not exist")
+    refused(capsys, tmp_path, lambda: open_corpus("fineweb-edu", 256, tmp_path), "does not exist")
     prepare()
 
 
@@ -277,13 +241,13 @@ def test_a_killed_process_leaves_nothing_that_opens_and_two_at_once_both_succeed
     slow.kill()
     slow.wait()
     assert left.exists()
-    refused(capsys, tmp_path, lambda: pd.open_corpus(str(path), 256, tmp_path), "does not exist")
+    refused(capsys, tmp_path, lambda: open_corpus(str(path), 256, tmp_path), "does not exist")
     both = [start("build = pd.build\n"
                   "pd.build = lambda *args: (time.sleep(0.3), build(*args))\n"
                   "print(pd.prepare(sys.argv[1], 256, sys.argv[2]))", path, tmp_path) for _ in range(2)]
     outs = [p.communicate(timeout=60)[0].splitlines() for p in both]
     assert {out[-1] for out in outs} == {str(tmp_path / "book-256")} and not any(p.returncode for p in both)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["book-256", "book.txt"]
-    corpus = pd.open_corpus(str(path), 256, tmp_path)
-    assert pd.decode(corpus, corpus.train) + pd.decode(corpus, corpus.val) == TEXT
+    corpus = open_corpus(str(path), 256, tmp_path)
+    assert decode(corpus, corpus.train) + decode(corpus, corpus.val) == TEXT
     assert json.loads((corpus.folder / "meta.json").read_text()) == corpus.meta
