@@ -386,7 +386,7 @@ def prepare(dataset, vocab, root=DATA_ROOT):
         try:
             make_folder(folder, meta)
         except OSError as error:
-            refuse(f"{folder} could not be made ({error}); free the way and give the command again")
+            refuse(f"{folder} could not be made ({error}); once it can be, give the command again")
     corpus = open_corpus(dataset, vocab, root)
     if own_text and Path(source).exists() and not is_text_of(corpus.meta, dataset, source):
         refuse(f"{source} has changed since {folder} was made from it; delete the folder and {command}")

@@ -52,6 +52,7 @@ def text_path(dataset):
     try:
         path = Path(dataset).expanduser().resolve()
         path.exists()
+        str(path).encode("utf-8")
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a link to itself
         refuse(f"dataset={dataset[:NAME_BYTES]!r} cannot be a text ({str(error)[:NAME_BYTES]})")
     size = len(os.fsencode(path.stem))
@@ -134,8 +135,8 @@ def is_text_of(meta, dataset, source):
     try:
         files = text_files(dataset)
         size = sum(f.stat().st_size for f in files)
-        if meta["source"] == source and size > HASH_BYTES:
-            return size == meta.get("source_bytes", size)
+        if meta["source"] == source and size > HASH_BYTES and "source_bytes" in meta:
+            return size == meta["source_bytes"]
         return hash_files(files) == meta["source_sha256"]
     except OSError as error:
         refuse(f"dataset={dataset!r} could not be read ({error})")

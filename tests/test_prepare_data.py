@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiktoken
 
+import phases
 import prepare_data as pd
 from corpus import corpus_id, decode, open_corpus
 from sources import SPLITS
@@ -233,7 +234,7 @@ def test_unfit_text_and_vocabulary_are_refused(tmp_path, capsys):
             ("same.txt", 65537, "vocab=65537 must be", "ids are kept in two bytes"),
             ("same.txt", 10**18, "ids are kept in two bytes")):
         refused(capsys, tmp_path, lambda: pd.prepare(str(tmp_path / name), vocab, tmp_path), *words)
-    for name, word in (("~nouser/x", "cannot be a text"), ("", "no text file"), ("/dev/zero", "no file to read"),
+    for name, word in (("~nouser/x", "cannot be a text"), ("\udcff.txt", "cannot be a text"), ("", "no text file"), ("/dev/zero", "no file to read"),
                        ("fineweb-edu-10T", "fineweb-edu-500M"), ("fineweb-edu-11B", "at most, fineweb-edu-10B"),
                        ("fineweb-edu-0M", "fineweb-edu-500M"), ("fineweb-edu-", "./fineweb-edu-")):
         refused(capsys, tmp_path, lambda: pd.prepare(name, 256, tmp_path), word)
@@ -333,6 +334,28 @@ def test_what_is_kept_of_a_stream_and_does_not_fit_is_begun_anew(tmp_path, capsy
         stream(monkeypatch, ROWS)
         assert disk(pd.prepare("fineweb-edu", 256, root).folder) == whole
         shutil.rmtree(root)
+
+
+def test_a_download_that_breaks_off_leaves_nothing(tmp_path, capsys, monkeypatch):
+    def read():
+        raise pd.http.client.IncompleteRead(b"the first half")
+    monkeypatch.setattr(pd.urllib.request, "urlopen", lambda *args, **kwargs: SimpleNamespace(read=read))
+    refused(capsys, tmp_path, lambda: pd.prepare("tinyshakespeare", 256, tmp_path), "IncompleteRead")
+    half = lambda *args, **kwargs: SimpleNamespace(read=lambda: b"the first half")
+    monkeypatch.setattr(pd.urllib.request, "urlopen", half)
+    refused(capsys, tmp_path, lambda: pd.prepare("tinyshakespeare", 256, tmp_path), "nothing was kept")
+
+
+def test_every_rank_prepares_and_none_waits_in_a_collective(book, monkeypatch):
+    path, root = book
+    shutil.rmtree(root / "book-256")
+    slept = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(pd.time, "sleep", slept.append)
+    monkeypatch.setattr(phases, "prepare", lambda dataset, vocab: pd.prepare(dataset, vocab, root))
+    settings = dict(dataset=str(path), vocab=256, train_tokens=100, block_size=8)
+    run = SimpleNamespace(settings=settings, local_rank=1, barrier=lambda: pytest.fail("waits"))
+    assert len(phases.read_corpus(run, 8).train) == 100 and slept == [1]  # the first rank goes first
 
 
 def full(*args):
