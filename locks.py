@@ -1,8 +1,6 @@
 """
-One process at a time: locks that end with their process, on Linux, Mac and Windows.
+A lock that ends with its process, on Linux, Mac and Windows.
 """
-import contextlib
-import os
 import time
 
 try:
@@ -24,25 +22,3 @@ def lock(file, wait):
             if not wait:
                 raise
             time.sleep(0.2)
-
-
-def is_at(file, path):
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
-@contextlib.contextmanager
-def alone(path):
-    """Waits until no other process is in here with the same `path`, of a file that is there meanwhile."""
-    while True:
-        with open(path, "a", encoding="utf-8") as file:
-            lock(file, wait=True)
-            if is_at(file, path):  # else who was in here has removed it, and another may be at a new one
-                try:
-                    yield
-                finally:
-                    with contextlib.suppress(PermissionError):  # Windows keeps what is open
-                        os.unlink(path)
-                return

@@ -51,7 +51,7 @@ import plays
 import wordings
 from configurator import configure, refuse
 from corpus import DTYPE, make_encoding, open_corpus, shard
-from locks import alone
+from locks import lock
 from sources import (BIBLE, DATA_ROOT, FINEWEB, SOURCES, TINY_URL, WHEEL, file_documents, hash_files,
                      is_text_of, locate, source_of, splits_of, stream_tokens, text_files)
 
@@ -343,6 +343,28 @@ def build(folder, meta, root):
     meta = {**meta, "source_sha256": sha256, "tokenizer": tokenizer["name"],
             "tokenizer_sha256": hash_files([path]), **counts}
     write_file(folder / "meta.json", json.dumps(meta, indent=1).encode())
+
+
+def is_at(file, path):
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Waits until no other process is in here with the same `path`, of a file that is there meanwhile."""
+    while True:
+        with open(path, "a", encoding="utf-8") as file:
+            lock(file, wait=True)
+            if is_at(file, path):  # else who was in here has removed it, and another may be at a new one
+                try:
+                    yield
+                finally:
+                    with contextlib.suppress(PermissionError):  # Windows keeps what is open
+                        os.unlink(path)
+                return
 
 
 def make_folder(folder, meta):

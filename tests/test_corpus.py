@@ -1,6 +1,4 @@
 """Batches are pure functions of a seed and a step, of one file or of many; a lock is held by one process."""
-import threading
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +11,7 @@ import prepare_data
 import sources
 from corpus import DTYPE, Shards, corpus_id, get_batch, joined, open_corpus, val_windows
 from gists import make_index
-from locks import alone, lock
+from locks import lock
 
 
 def test_the_ranks_together_read_the_same_batch_whatever_their_number():
@@ -137,21 +135,6 @@ def test_a_lock_is_held_by_one_until_its_file_is_closed(tmp_path):
             lock(second, wait=False)
         first.close()
         lock(second, wait=False)
-
-
-def test_who_waited_for_a_lock_file_that_is_gone_takes_a_new_one(tmp_path):
-    path, there = tmp_path / "lock", []
-
-    def enter():
-        with alone(path):
-            there.append(path.exists())
-    other = threading.Thread(target=enter)
-    with alone(path):
-        other.start()
-        time.sleep(0.1)
-        assert not there
-    other.join()
-    assert there == [True] and not path.exists()
 
 
 def test_windows_waits_for_a_lock_as_long_as_it_takes(tmp_path, monkeypatch):

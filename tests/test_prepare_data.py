@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -320,6 +321,25 @@ def test_a_stream_that_breaks_off_goes_on_to_the_same_bytes(tmp_path, capsys, mo
     assert skips[-1] == len(rows) and {131, 151, 300} < set(skips)
 
 
+def test_of_a_killed_stream_all_but_the_last_tokens_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(pd, "KEPT_TOKENS", 1500)
+    stream(monkeypatch, ROWS)
+    whole = disk(pd.prepare("fineweb-edu", 256, tmp_path / "whole").folder)
+    left, saved, skips = tmp_path / ".fineweb-edu-256.tmp", tmp_path / "saved", []
+
+    class Watched(list):
+        def __getitem__(self, i):
+            if i == 300:
+                shutil.copytree(left, saved)  # what a kill would leave here
+            return super().__getitem__(i)
+    stream(monkeypatch, Watched(ROWS))
+    shutil.rmtree(pd.prepare("fineweb-edu", 256, tmp_path).folder)
+    os.rename(saved, left)
+    stream(monkeypatch, ROWS)
+    monkeypatch.setattr(Stream, "skip", lambda self, n: skips.append(n) or Stream(self.rows, None, n))
+    assert disk(pd.prepare("fineweb-edu", 256, tmp_path).folder) == whole and 250 < skips[0] <= 300
+
+
 def test_what_is_kept_of_a_stream_and_does_not_fit_is_begun_anew(tmp_path, capsys, monkeypatch):
     stream(monkeypatch, ROWS)
     whole = disk(pd.prepare("fineweb-edu", 256, tmp_path / "whole").folder)
@@ -368,6 +388,21 @@ def test_a_full_disk_leaves_nothing_of_a_text(book, capsys, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(pd.os, name, full)
             refused(capsys, root, lambda: pd.prepare(str(path), 300, root), "No space left on device")
+
+
+def test_who_waited_for_a_lock_file_that_is_gone_takes_a_new_one(tmp_path):
+    path, there = tmp_path / "lock", []
+
+    def enter():
+        with pd.alone(path):
+            there.append(path.exists())
+    other = threading.Thread(target=enter)
+    with pd.alone(path):
+        other.start()
+        time.sleep(0.1)
+        assert not there
+    other.join()
+    assert there == [True] and not path.exists()
 
 
 def start(code, *args):
