@@ -72,7 +72,7 @@ TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 # ---- documents: (split, title or None, text)
 
 def write_file(path, data):
-    """Writes bytes, whole or not at all, down to the disk. Returns their sha256."""
+    """Writes bytes, whole or not at all, down to the disk."""
     tmp = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(tmp, "wb") as f:
@@ -82,7 +82,6 @@ def write_file(path, data):
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
-    return hashlib.sha256(data).hexdigest()
 
 
 def fetch(path, sha256, download):
@@ -330,8 +329,8 @@ def build(folder, meta, root):
     documents, path = iter(documents), folder / "tokenizer.json"
     if not path.exists():
         head, size = [], 0
-        wanted = 0 if meta["vocab"] in (BYTES, GPT2) else BPE_CHARS
-        while size < wanted and (document := next(documents, None)):
+        learns = "stream_tokens" not in meta or meta["vocab"] not in (BYTES, GPT2)
+        while learns and size < BPE_CHARS and (document := next(documents, None)):
             head.append(document)
             size += len(document[2])
         texts = [text for split, _, text in head if split.startswith("train")]

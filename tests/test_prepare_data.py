@@ -142,6 +142,12 @@ def test_a_stream_is_written_until_enough_and_every_hundredth_document_is_held_o
     assert meta["stream_tokens"] == 1_000_000 and corpus.meta["stream_tokens"] == 100_000_000
 
 
+def test_words_are_tokens_of_any_number_that_the_corpus_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(pd.planted, "TOKENS", {"train": 10_000, "val": 1_000})
+    corpus = prepared("planted-synonyms", 256, tmp_path)  # 256 are bytes elsewhere
+    assert corpus.encoding.n_vocab == 256 and len(corpus.train) == 10_000 and corpus.train.max() > 250
+
+
 def test_gpt2_puts_its_special_token_between_documents_and_counts_it_as_no_text(tmp_path, monkeypatch):
     ranks = {bytes([i]) if i < 256 else b"\0\0" + i.to_bytes(2, "big"): i for i in range(50256)}
     stand_in = tiktoken.Encoding("gpt2", pat_str=r"[\s\S]", mergeable_ranks=ranks,
