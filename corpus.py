@@ -10,6 +10,7 @@ A corpus is a folder data/<name>-<vocab>/, which prepare_data.py makes:
 """
 import base64
 import json
+import mmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,22 +20,20 @@ import torch
 
 import planted
 from configurator import refuse
-from sources import (DATA_ROOT, HASH_BYTES, hash_files, is_text_of, locate, source_of, splits_of,
-                     stream_tokens)
+from sources import DATA_ROOT, HASH_BYTES, hash_files, is_text_of, locate, source_of, splits_of, stream_tokens
 
 DTYPE = np.dtype("<u2")           # every id of the largest vocabulary fits
 shard = "{}-{:03}.bin".format     # ("train", 0): the name of a file
 
 
-# ---- files
-
 def files_of(split, meta):
-    """[(name, sha256, bytes)] of the files of a split, as meta.json has it. ValueError: it is impossible."""
+    """[(name, sha256 or None, bytes)] of a split's files, by meta.json. ValueError: there is no such split."""
     tokens, sha256 = meta[split]["tokens"], meta[split]["sha256"]
     one = isinstance(sha256, str)
     hashes, size = ([sha256], tokens) if one else (sha256, meta["shard_tokens"])
     if type(tokens) is not int or not 0 < tokens < 2**48 or len(hashes) != -(-tokens // size):
         raise ValueError(f"tokens of {split}")
+    hashes = hashes if tokens * DTYPE.itemsize <= HASH_BYTES else [None] * len(hashes)
     return [(f"{split}.bin" if one else shard(split, i), x, DTYPE.itemsize * min(size, tokens - i * size))
             for i, x in enumerate(hashes)]
 
@@ -51,8 +50,7 @@ class Shards:
     def __array__(self, dtype=None, copy=None):
         return np.concatenate(self.parts).astype(dtype or DTYPE, copy=False)
 
-    def astype(self, dtype):
-        return self.__array__(dtype)
+    astype = __array__
 
     def __getitem__(self, index):
         """Of a slice without a step, or of whole numbers [...] from 0 on. IndexError: beyond the end."""
@@ -60,8 +58,7 @@ class Shards:
             start, stop, _ = index.indices(len(self))
             parts = [part[max(start - at, 0):max(stop - at, 0)] for part, at in zip(self.parts, self.starts)]
             return joined([part for part in parts if len(part)] or parts[:1])
-        index = np.asarray(index)
-        flat = index.ravel()
+        index, flat = np.asarray(index), np.ravel(index)
         if len(flat) and not 0 <= flat.min() <= flat.max() < len(self):
             raise IndexError(f"from {flat.min()} to {flat.max()} is beyond the {len(self)} tokens")
         which = np.searchsorted(self.starts, flat, side="right") - 1
@@ -75,6 +72,14 @@ class Shards:
 def joined(parts):
     """Arrays of token ids as one: the only one of them, or Shards."""
     return parts[0] if len(parts) == 1 else Shards(parts)
+
+
+def map_files(paths):
+    """Files of token ids as one array."""
+    parts = [np.memmap(path, DTYPE, "r") for path in paths]
+    for part in parts if len(parts) > 1 and hasattr(mmap, "MADV_RANDOM") else ():  # not on Windows
+        part.base.madvise(mmap.MADV_RANDOM)  # else much is read beyond each window: 14 times as long a batch
+    return joined(parts)
 
 
 # ---- the tokenizer: JSON on disk, tiktoken.Encoding in use
@@ -139,12 +144,9 @@ def open_corpus(dataset, vocab, root=DATA_ROOT):
         made_from = source if is_text_of(meta, dataset, source) else made_from  # moved
     if made_from != source or holds != vocab or meta.get("stream_tokens") != stream_tokens(dataset):
         refuse(f"{folder} was made from {made_from}, vocab={holds}; rename your text, or {remedy}")
-    check_file(folder / "tokenizer.json", None, tokenizer_sha256, remedy)
-    for split in files.values():
-        small = sum(size for _, _, size in split) <= HASH_BYTES
-        for name, sha256, size in split:
-            check_file(folder / name, size, sha256 if small else None, remedy)
-    tokens = {s: joined([np.memmap(folder / name, DTYPE, "r") for name, _, _ in files[s]]) for s in files}
+    for name, sha256, size in sum(files.values(), [("tokenizer.json", tokenizer_sha256, None)]):
+        check_file(folder / name, size, sha256, remedy)
+    tokens = {split: map_files([folder / name for name, _, _ in files[split]]) for split in files}
     tokens = {"train_other": tokens["train"], "val_other": tokens["val"], **tokens}
     try:
         tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
