@@ -27,7 +27,7 @@ shard = "{}-{:03}.bin".format     # ("train", 0): the name of a file
 
 
 def files_of(split, meta):
-    """[(name, sha256 or None, bytes)] of a split's files, by meta.json. ValueError: there is no such split."""
+    """[(name, sha256 or None, bytes)] of the files of a split. ValueError: meta.json tells what cannot be."""
     tokens, sha256 = meta[split]["tokens"], meta[split]["sha256"]
     one = isinstance(sha256, str)
     hashes, size = ([sha256], tokens) if one else (sha256, meta["shard_tokens"])
