@@ -39,12 +39,12 @@ import torch.nn.functional as F
 
 from checkpoints import read_bottleneck
 from configurator import chosen, refuse_if
+from corpus import corpus_id, val_windows
 from equations import follow, praise
 from gists import (LARGEST_FORECAST, Space, carried, layout, make_spaces, past_of, read, score_function,
                    spans_at, squared_distances, starts_of, steadiness, vectors, write_spans)
 from model import GPT, GPTConfig, adamw
 from phases import REAL, Phases, read_corpus
-from prepare_data import corpus_id, val_windows
 from run import open_run
 from watch import note, streams
 from wordings import NAME, world

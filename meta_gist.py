@@ -42,13 +42,13 @@ from torch.func import functional_call
 
 import wordings
 from configurator import chosen, refuse_if
+from corpus import batch_starts, val_windows, windows
 from equations import (adamw_step, add, add_up, by_name, dot, gradient, inner_step, leaves, moments_of, praise,
                        pull_back)
 from gists import Said, say_chunks, write_chunks
 from model import GPT, GPTConfig, adamw, sample_tokens
 from phases import REAL, Phases, read_corpus
 from pool import SIZE, Pool
-from prepare_data import batch_starts, val_windows, windows
 from run import open_run
 from watch import MEMORY, note
 

@@ -16,9 +16,10 @@ import torch
 
 from checkpoints import read_meta_phase
 from configurator import SELF_PHASE, refuse_if
+from corpus import corpus_id, get_batch, val_windows
 from hacks import marked, write_report
 from plot import draw_runs
-from prepare_data import corpus_id, get_batch, open_corpus, prepare, val_windows
+from prepare_data import prepare
 from watch import MEMORY, STREAMS, Gold, Watch, arms_table, make_row, new_track, summarise, track_gold
 
 REAL = ("real", "oracle", "first")  # arms with real targets; they have no critic to watch
@@ -27,10 +28,7 @@ REAL = ("real", "oracle", "first")  # arms with real targets; they have no criti
 def read_corpus(run, longest):
     """The Corpus of the run's settings, made if it is not there; its splits must be longer than `longest`."""
     s = run.settings
-    if run.local_rank == 0:
-        prepare(s["dataset"], s["vocab"])
-    run.barrier()
-    corpus = open_corpus(s["dataset"], s["vocab"])
+    corpus = prepare(s["dataset"], s["vocab"])  # on every rank: of a node, one works and the others wait
     first = slice(s["train_tokens"] or None)
     corpus = corpus._replace(train=corpus.train[first], train_other=corpus.train_other[first])
     shortest = min(len(corpus.train), len(corpus.val))

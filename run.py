@@ -5,7 +5,6 @@ It leaves in out_dir: config.json, log.jsonl, samples.txt, summary.json, curves.
 checkpoints.py), hacks/ (a report of each hack and each alarm), sources/ (the script that ran, and the modules
 of the project that it imported).
 """
-import fcntl
 import json
 import math
 import os
@@ -24,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from checkpoints import FORMAT, Writer, copied, read_checkpoint, write_whole
 from configurator import check_common, configure, keep_saved, refuse
+from locks import lock
 
 GROWING = ("log.jsonl", "samples.txt")  # resuming cuts them to their length at the checkpoint
 # Dense bfloat16 arithmetic of GPUs, FLOPs a second, by NVIDIA's data sheets: what `mfu` is a share of.
@@ -157,7 +157,7 @@ class Run:
     def _take_lock(self):
         self.lock = open(self.out_dir / ".lock", "w", encoding="utf-8")
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self.lock, wait=False)
         except OSError:
             refuse(f"another run is writing to {self.out_dir}; wait for it or choose another --out_dir")
 

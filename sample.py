@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 
+from checkpoints import read_checkpoint, read_end
 from configurator import configure, refuse
+from corpus import corpus_id, decode, open_corpus
 from model import GPT, GPTConfig, sample_tokens
 from planted import units
-from prepare_data import corpus_id, decode, open_corpus
-from checkpoints import read_checkpoint, read_end
 
 arm = ""           # the arm whose end writes; "": the end of the meta phase
 prompt = "To be"   # the text that is continued, or the name of a file that holds it, in UTF-8

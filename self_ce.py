@@ -30,10 +30,10 @@ import torch
 import torch.nn.functional as F
 
 from configurator import chosen, refuse_if
+from corpus import val_windows
 from equations import add_up, bound, by_name, dot, follow, gradient, inner_step, leaves, pull_back
 from model import GPT, GPTConfig, adamw
 from phases import Phases, read_corpus
-from prepare_data import val_windows
 from run import open_run
 from watch import note
 

@@ -29,8 +29,8 @@ from gists import Space, layout, past_of, read, squared_distances, starts_of, ve
 from model import adamw
 from planted import LAGS, planted_answers, true_classes
 from plot import interval
-from prepare_data import decode, get_batch, val_windows, windows
 from checkpoints import read_end
+from corpus import decode, get_batch, val_windows, windows
 from sample import model_of, read_run
 from wordings import NAME, classes, pairs
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules
 from configurator import refuse
+from corpus import decode
 from equations import praise
 from plot import COLOUR, read_run as read_log
-from prepare_data import decode
 from sample import model_of, read_run
 from wordings import NAME, ends, twins
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 import phases
 from conftest import in_process, log, summary
+from corpus import open_corpus, val_windows
 from model import GPT, GPTConfig
-from prepare_data import open_corpus, val_windows
 from watch import STREAMS, Gold, Watch
 
 SMALL = ["--meta_steps=8", "--self_steps=12", "--n_embd=32", "--n_head=2", "--block_size=16", "--warmup=8",

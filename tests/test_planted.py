@@ -7,6 +7,7 @@ import torch
 
 import planted
 import prepare_data as pd
+from corpus import corpus_id, decode
 from test_prepare_data import TEXT, plays, prepared, refused
 
 
@@ -25,7 +26,7 @@ def test_spellings_hide_the_tokens_of_the_plays_and_read_as_the_plays_do(plays):
         assert np.array_equal(classes[ids], tokens)
         assert spelled.token_bytes[ids].sum() == spelled.meta[split]["bytes"] == corpus.meta[split]["bytes"]
         assert abs(np.bincount(ids % 4) / len(ids) - 0.25).max() < 0.005
-    assert pd.decode(spelled.encoding, spelled.val[:999]) == pd.decode(corpus, corpus.val[:999])
+    assert decode(spelled.encoding, spelled.val[:999]) == decode(corpus, corpus.val[:999])
     assert spelled.encoding.n_vocab == len(spelled.token_bytes) == 2048
     assert np.array_equal(planted.true_classes(corpus), np.arange(512))
 
@@ -34,9 +35,9 @@ def test_spellings_of_characters_are_those_of_the_plays_in_lower_case(plays):
     root, corpus = plays
     spelled = prepared("plays-spellings", 144, root)
     kept = set("abcdefghijklmnopqrstuvwxyz \n.,;:!?'-")
-    new = pd.decode(spelled, spelled.val)
+    new = decode(spelled, spelled.val)
     assert set(new) == kept
-    same = new == "".join(filter(kept.__contains__, pd.decode(corpus, corpus.val).lower()))
+    same = new == "".join(filter(kept.__contains__, decode(corpus, corpus.val).lower()))
     assert same  # by name, for a difference of long texts would take minutes to print
     assert np.array_equal(np.bincount(planted.true_classes(spelled)), [4] * 36)
     assert spelled.token_bytes[spelled.val].sum() == spelled.meta["val"]["bytes"] == len(new)
@@ -88,7 +89,7 @@ def test_facts_are_told_again_and_those_of_validation_are_never_asked_for_in_tra
     for split in ("train", "val"):
         tokens = getattr(corpus, split)
         told, expected, now = {}, [], 0
-        for line in pd.decode(corpus, tokens).splitlines():
+        for line in decode(corpus, tokens).splitlines():
             words = line.split()
             if words[1] == "keeps":
                 told.setdefault((words[0], words[3]), []).append(now + 5)
@@ -117,7 +118,7 @@ def test_a_planted_corpus_is_made_of_constants_alone(plays, tmp_path, monkeypatc
         (tmp_path / str(seed)).mkdir()
         shutil.copy(plays[0] / pd.WHEEL, tmp_path / str(seed))
         np.random.seed(seed), torch.manual_seed(seed)
-        ids.append(pd.corpus_id(prepared(name, vocab, tmp_path / str(seed))))
+        ids.append(corpus_id(prepared(name, vocab, tmp_path / str(seed))))
     assert ids[0] == ids[1] and len(set(ids[0])) == 3
 
 

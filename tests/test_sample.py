@@ -8,9 +8,9 @@ import torch
 from conftest import in_process
 
 import sample
+from corpus import make_encoding
 from gists import layout, read
 from model import GPT, GPTConfig
-from prepare_data import make_encoding
 
 CHUNK, VOCAB = 4, 32
 TINY = ("--n_layer=2 --n_head=2 --n_embd=16 --block_size=16 --batch_size=4 --eval_windows=4 --meta_steps=4 "

@@ -4,7 +4,7 @@ import sys
 import pytest
 from conftest import in_process
 
-import prepare_data as pd
+from corpus import decode
 
 
 def test_verses_are_drawn_of_a_run_on_two_wordings_and_of_no_other(tmp_path, monkeypatch, capsys):
@@ -20,7 +20,7 @@ def test_verses_are_drawn_of_a_run_on_two_wordings_and_of_no_other(tmp_path, mon
     (start, length), *more = verses.verses(corpus)
     assert len(more) == 3
     rows = verses.heard(state, corpus, start, length)
-    text = pd.decode(corpus, corpus.val_other[start:start + length]).split()
+    text = decode(corpus, corpus.val_other[start:start + length]).split()
     assert [word for word, _ in rows["observed"]][:-1] == text and rows["observed"][-1][0] == "¶"
     in_process(monkeypatch, "meta_gist.py", "--arms=frozen", *small, f"--out_dir={tmp_path / 'plays'}")
     monkeypatch.setattr(sys, "argv", ["verses.py", str(tmp_path / "plays")])

@@ -12,6 +12,8 @@ import gist_bottleneck as gb
 import meta_gist as mg
 import prepare_data as pd
 import wordings
+from corpus import decode
+from sources import splits_of
 from test_prepare_data import prepared, refused
 
 
@@ -24,11 +26,11 @@ def bible(tmp_path_factory):
 
 
 def lines(corpus, split):
-    return pd.decode(corpus, getattr(corpus, split)).split("\n")
+    return decode(corpus, getattr(corpus, split)).split("\n")
 
 
 def test_splits_are_whole_books_verse_by_verse_in_both_wordings(bible):
-    assert [bible.meta[s]["documents"] for s in pd.splits_of("kjv-asv")] == [44, 11, 44, 11, 11]
+    assert [bible.meta[s]["documents"] for s in splits_of("kjv-asv")] == [44, 11, 44, 11, 11]
     titles = [set(bible.meta[s]["titles"]) for s in ("train", "val", "further")]
     assert sum(map(len, titles)) == len(set.union(*titles)) == 66  # no verse is in two of them
     for split in ("train", "val"):
