@@ -102,9 +102,9 @@ def load(path):
 def read_checkpoint(folder, stage, name=NEWEST):
     """The checkpoint in `folder`, a dict; refuses what is missing, damaged or another stage's."""
     path, before = Path(folder) / name, Path(folder) / BEFORE
-    if name == NEWEST and before.is_file() and not path.exists():  # killed between two renamings
+    if name == NEWEST and os.path.isfile(before) and not os.path.exists(path):  # killed between two renamings
         path = before
-    if not path.is_file():
+    if not os.path.isfile(path):
         refuse(f"{folder} holds no {name}; name the folder of a run, such as out/{stage}")
     try:
         state = load(path)
@@ -123,7 +123,13 @@ def whole_before(path, before):
         step = load(before)["step"]
     except (ValueError, TypeError, KeyError):
         return ""
-    return f";\nthe one before it, of step {step}, is whole: rename {before} to {path.name} to go on from there"
+    return f";\nthe one before it, of step {step}, is whole: rename {before} to {path.name} to go on"
+
+
+def run_of(start):
+    """(folder, arm or None) that `start` names: a run, or the end of one of its arms, ends/<arm>.pt."""
+    path = Path(start)
+    return (path.parent.parent, path.stem) if path.suffix == ".pt" else (path, None)
 
 
 def read_end(folder, arm, stage):
@@ -147,14 +153,15 @@ def read_finished(setting, folder, stage, corpus, alike):
     return other
 
 
-def read_meta_phase(folder, stage, device, settings, self_phase, corpus):
-    """(meta, snapshot) of the run in `folder`, to start arms from.
+def read_meta_phase(start, stage, device, settings, self_phase, corpus):
+    """(meta, snapshot) of a run, to start arms from; see `run_of`: of an arm's end the learner's weights.
 
     self_phase: names of the settings that a meta phase does not read. corpus: its identity, see `corpus_id`.
     """
-    alike = {name: value for name, value in settings.items() if name not in self_phase}
-    other = read_finished("start", folder, stage, corpus, alike)
-    return other["meta"], copied(other["snapshot"], device)
+    alike, (folder, arm) = {k: v for k, v in settings.items() if k not in self_phase}, run_of(start)
+    other = read_finished("start", str(folder), stage, corpus, alike)
+    learner = dict(learner=read_end(folder, arm, stage)["weights"]) if arm else {}
+    return other["meta"], copied(other["snapshot"] | learner, device)
 
 
 def read_bottleneck(folder, device, corpus, **alike):

@@ -29,6 +29,9 @@ POSITIVE = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "eval_int
             "save_interval", "learning_rate", "grad_clip", "grad_accum", "vocab")
 # What may differ when a run is resumed: how it computes, and which arms it adds; never what it computes.
 FREE_ON_RESUME = ("arms", "device", "compile", "wandb_log", "save_interval", "resume")
+# And these, if they are lower: the way on for a run that diverged.
+RATES = ("learning_rate", "self_learning_rate", "self_rate", "critic_rate", "scalar_rate", "grad_clip")
+PATHS = ("out_dir", "resume", "start", "critic_from")
 # What no meta phase reads: with `start`, the other settings must be those of the run started from.
 SELF_PHASE = ("arms", "self_steps", "ema_decay", "decay", "eval_interval", "eval_windows", "save_interval",
               "device", "compile", "out_dir", "resume", "start", "wandb_log")
@@ -79,7 +82,9 @@ def parse_value(name, text, default, choices):
     if isinstance(default, str):
         if choices and text not in choices:
             refuse(f"{name}={text!r} is not one of " + ", ".join(f'"{c}"' for c in choices))
-        return text
+        path = os.path.expanduser(text) if name in PATHS else text
+        refuse_if(name in PATHS and path[:1] == "~", f"{name}={text!r}: there is no such user's home folder")
+        return path
     if isinstance(default, bool):
         if text.lower() not in ("true", "false"):
             refuse(f"{name}={text} must be true or false")
@@ -88,6 +93,7 @@ def parse_value(name, text, default, choices):
     try:
         value = ast.literal_eval(text)
         fits = not isinstance(value, bool) and math.isfinite(value) and (not whole or value == int(value))
+        fits = fits and abs(value) < 2**63
     except (ValueError, SyntaxError, TypeError, OverflowError):  # no literal, no number, or beyond any float
         fits = False
     if not fits:
@@ -143,6 +149,9 @@ def configure(scope, argv=None):
 
     Returns ({name: value} of all settings, {name: value} of those given). `--help` prints and exits.
     """
+    for stream in (sys.stdout, sys.stderr):  # text of any alphabet goes to any terminal
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     argv = sys.argv[1:] if argv is None else argv
     settings = read_settings(scope["__file__"])
     if "--help" in argv or "-h" in argv:
@@ -153,14 +162,44 @@ def configure(scope, argv=None):
     return {name: scope[name] for name in settings}, given
 
 
+def defaults_of(scope):
+    """{name: default} of a script's settings."""
+    return {name: default for name, (_, default, _, _) in read_settings(scope["__file__"]).items()}
+
+
 def keep_saved(settings, given, saved, folder):
     """What the run in `folder` saved, and what is given now where it may differ, or a refusal."""
+    for name in sorted(set(settings) ^ set(saved)):
+        when = "is no setting any more" if name in saved else "was no setting yet when it was begun"
+        refuse(f"{name!r} {when}: {folder} is of other code, which is in {folder}/sources")
     for name in settings:
-        if name in given and name not in FREE_ON_RESUME and given[name] != saved.get(name):
-            refuse(f"{name}={given[name]!r} differs from {saved.get(name)!r}, with which {folder} was begun; "
+        free = name in (*FREE_ON_RESUME, "out_dir") or name in RATES and given.get(name, 0) < saved[name]
+        if name in given and given[name] != saved[name] and not free:
+            refuse(f"{name}={given[name]!r} differs from {saved[name]!r}, with which {folder} was begun; "
                    "leave it out, or start a new run")
-    kept = {name: value if name in given else saved.get(name, value) for name, value in settings.items()}
-    return dict(kept, out_dir=folder, resume="")
+    return saved | given | dict(out_dir=folder, resume="")
+
+
+def taken_from(settings, given, other, self_phase):
+    """The settings, with those of the run started from, `other`, where its meta phase read them and none is
+    given. self_phase: further names that it did not read."""
+    kept = (*given, *SELF_PHASE, *self_phase)
+    return {name: value if name in kept else other.get(name, value) for name, value in settings.items()}
+
+
+def check_memory(s):
+    """Refuses what cannot be held: weights with moments, or a rank's logits, above all memory there is."""
+    if not hasattr(os, "sysconf"):  # Windows does not tell
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    n_layer, width, vocab, T = (s.get(name, 1) for name in ("n_layer", "n_embd", "vocab", "block_size"))
+    pieces = int(os.environ.get("WORLD_SIZE", 1)) * s.get("grad_accum", 1)
+    for names, size in (("n_layer n_embd vocab", 16 * (12 * n_layer * width ** 2 + 2 * vocab * width)),
+                        ("batch_size block_size vocab", 4 * s.get("batch_size", 1) * T * vocab // pieces),
+                        ("eval_windows block_size", 8 * s.get("eval_windows", 1) * T),
+                        ("outer_batch block_size", 8 * s.get("outer_batch", 1) * T)):
+        told = ", ".join(f"{name}={s[name]}" for name in names.split() if name in s)
+        refuse_if(size > memory, f"{told}: {size / 1e9:,.0f} GB at least, of the {memory / 1e9:.0f} GB there are")
 
 
 def check_common(settings):
@@ -177,6 +216,7 @@ def check_common(settings):
     share, left = settings.get("ema_decay", 0), settings.get("decay", 1)
     refuse_if(share >= 1, f"ema_decay={share} must be below 1: it is the share of the old weights that stays")
     refuse_if(left > 1, f"decay={left} must be at most 1: it is the share of the learning rate that is left")
+    check_memory(settings)
     n_embd, n_head = settings["n_embd"], settings["n_head"]
     if n_embd % n_head or (n_embd // n_head) % 2:
         refuse(f"n_embd={n_embd} must be an even multiple of n_head={n_head} (rotary positions turn pairs)")

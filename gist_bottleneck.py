@@ -343,7 +343,7 @@ def begin_arms(phases, learner, critic, theirs, lay):
 
 
 def main():
-    run = open_run(globals())
+    run = open_run(globals(), UNREAD_BY_META)
     names, masks = check()
     names = run.arms_to_go(names, ARMS)
     corpus, lay = read_corpus(run, block_size), layout(block_size, chunk, n_gist, vocab, run.device)

@@ -43,8 +43,8 @@ from torch.func import functional_call
 import wordings
 from configurator import chosen, refuse_if
 from corpus import batch_starts, val_windows, windows
-from equations import (adamw_step, add, add_up, by_name, dot, gradient, inner_step, leaves, moments_of, praise,
-                       pull_back)
+from equations import (adamw_step, add, add_up, by_name, dot, gradient, inner_step, leaves, moments_of,
+                       praise, pull_back)
 from gists import Said, say_chunks, write_chunks
 from model import GPT, GPTConfig, adamw, sample_tokens
 from phases import REAL, Phases, read_corpus
@@ -133,9 +133,9 @@ def match(phi, gists, gists_true):
 def signal(phi, seen, said, drawn=None, arm=""):
     """A(v), praise and blame for each token that the learner might say: [B, R, n, k, V].
 
-    seen: the observation, int [B, T]. said: a gists.Said. drawn: of many tokens, int [B, T], one of those that
-    are not `common`, drawn from p: it stands for them all in Σ_x′ p(x′) T(v | x′), weighted by what they have
-    of p, without bias, and as Σ_x′ T ∂p = E T ∂log p without bias in what is derived.
+    seen: the observation, int [B, T]. said: a gists.Said. drawn: of many tokens, int [B, T], one of those
+    that are not `common`, drawn from p: it stands for them all in Σ_x′ p(x′) T(v | x′), weighted by what they
+    have of p, without bias, and as Σ_x′ T ∂p = E T ∂log p without bias in what is derived.
     """
     logp = said.logp_true
     table = kernel(phi, common)
@@ -320,8 +320,8 @@ def signal_step(phases, arm, text, step):
 
 
 def critic_step(phases, number, mover):
-    """Meta step `number`, at the learner of the pool whose turn it is; then that one steps, as arms do, or from
-    real targets. mover: what holds the one of the turn."""
+    """Meta step `number`, at the learner of the pool whose turn it is; then that one steps, as arms do, or
+    from real targets. mover: what holds the one of the turn."""
     run, parts, turn = phases.run, phases.parts, number % SIZE
     member, critic, learner = parts["pool"].take(turn, parts, mover), parts["critic"], mover["learner"]
     theta, phi, real = by_name(learner), by_name(critic), turn >= SIZE // 2

@@ -223,8 +223,8 @@ class GPT(nn.Module):
         pos: int [L] or [B, L]; 0 to L − 1 if None. mask: bool [L, S + L], causal if None.
         cache: a dict, empty at first, that keeps keys and values: the next call sees all S tokens so far, and
         must say by pos and mask where its own stand among them (ValueError).
-        until: the number of a block from 1; in place of logits, what enters that block, normed [B, L', C], or what
-        leaves the last one if until = n_layer. No later block is computed, the one before where it is read.
+        until: the number of a block from 1; in place of logits, what enters that block, normed [B, L', C], or
+        what leaves the last one if until = n_layer. No later block is computed, the one before where it is read.
         """
         if cache and (pos is None or mask is None):
             raise ValueError("with tokens in the cache, pos and mask must be given")

@@ -82,7 +82,7 @@ class Phases:
             at.update(arm="start", meta=track, snapshot=snapshot, kept=copy.deepcopy(snapshot["kept"]))
         modules = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
         size = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-        run.open(need_bytes=24 * size)  # weights and moments, now and in the snapshot, 3 times; the arms' ends
+        run.open(need_bytes=24 * size)  # weights, moments, now and in the snapshot, three times; the ends
 
     # ---- data
 
@@ -147,7 +147,7 @@ class Phases:
     def steps(self, n):
         """The steps 0 … n − 1 of a phase. At step n it is evaluated once more, and ends."""
         run, every = self.run, self.settings["eval_interval"]
-        run.start_clock(self.at["step"])
+        run.progress.start(self.at["step"])
         for self.step in range(self.at["step"], n + 1):
             save, evaluate = run.saves(self.step), self.step % every == 0 or self.step == n
             gold = self.gold(self.read) if save or evaluate else None
@@ -160,7 +160,7 @@ class Phases:
             if evaluate:
                 self.evaluate(n, gold)
             if self.step < n:
-                with run.counted(evaluate):
+                with run.progress.counted(evaluate):
                     yield self.step
 
     def evaluate(self, n, gold):
@@ -169,7 +169,7 @@ class Phases:
         more = dict(real_targets=self.at["real_targets"], **self.examine())
         self.row, stream = make_row(self.run, self.arm, step, self.tally, gold, lr, more)
         self.run.log(self.row)
-        self.run.show(self.row, n)
+        self.run.progress.show(self.row, n)
         hacked = track_gold(track, self.row)
         if self.arm == "meta" and stream is not None:
             self.at["streams"] = torch.cat((self.at["streams"], stream))

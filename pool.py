@@ -35,7 +35,7 @@ class Pool:
         return member
 
     def give_back(self, member, mover, judged):
-        """Keeps what `mover` has become by a step that an outer loss of `judged` nats judged, or starts anew."""
+        """Keeps what `mover` has become by a step, judged by `judged` nats of outer loss, or starts anew."""
         worse = judged > member["best"] + WORSE
         member.update({name: copied(part.state_dict(), self.where) for name, part in mover.items()},
                       age=member["age"] + 1, best=min(member["best"], judged))

@@ -1,33 +1,35 @@
 """
-A configured run: device, ranks and their averages, run folder, checkpoints, log, progress.
+A configured run: device, ranks and their averages, run folder, log, stopping and going on.
 
 It leaves in out_dir: config.json, log.jsonl, samples.txt, summary.json, curves.png, checkpoints (see
 checkpoints.py), hacks/ (a report of each hack and each alarm), sources/ (the script that ran, and the modules
 of the project that it imported).
 """
+import datetime
+import hashlib
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils.flop_counter import FlopCounterMode
 
-from checkpoints import FORMAT, Writer, copied, read_checkpoint, write_whole
-from configurator import check_common, configure, keep_saved, refuse
+from checkpoints import FORMAT, NEWEST, Writer, copied, read_checkpoint, run_of, write_whole
+from configurator import check_common, configure, defaults_of, keep_saved, refuse, taken_from
 from locks import lock
+from progress import Progress
 
 GROWING = ("log.jsonl", "samples.txt")  # resuming cuts them to their length at the checkpoint
-# Dense bfloat16 arithmetic of GPUs, FLOPs a second, by NVIDIA's data sheets: what `mfu` is a share of.
-PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}
 
 
 def choose_device(name, dtype, local_rank):
@@ -39,6 +41,8 @@ def choose_device(name, dtype, local_rank):
     kind, reason = (there[0], "the best there is") if name == "auto" else (name, "asked for")
     if kind == "mps" and dtype == "float64":
         refuse('dtype="float64" does not exist on device "mps"; use --device=cpu or --dtype=float32')
+    if kind == "cuda" and local_rank >= torch.cuda.device_count():
+        refuse(f"nproc_per_node is above the {torch.cuda.device_count()} GPUs of this machine")
     return torch.device(f"cuda:{local_rank}" if kind == "cuda" else kind), reason
 
 
@@ -46,35 +50,30 @@ class Run:
     """One run: where it computes, where it writes, and whether it should stop.
 
     Attributes: stage (the script's name), settings, device, dtype, weight_dtype, rank, local_rank, ranks,
-    first (whether this is rank 0), out_dir (Path), and resumed (the checkpoint's dict, or None).
+    first (whether this is rank 0), out_dir (Path), progress, and resumed (the checkpoint's dict, or None).
     """
 
-    def __init__(self, stage, settings, scope):
+    def __init__(self, stage, settings, scope, resumed=None):
         self.stage, self.settings, self.script = stage, settings, Path(scope["__file__"])
         torchrun = (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
         self.rank, self.local_rank, self.ranks = (int(os.environ.get(k, d)) for k, d in torchrun)
-        self.first = self.rank == 0
-        if settings["batch_size"] % (self.ranks * settings["grad_accum"]):
+        self.first, accum = self.rank == 0, settings["grad_accum"]
+        if settings["batch_size"] % (self.ranks * accum):
             refuse(f"batch_size={settings['batch_size']} must be a multiple of the {self.ranks} ranks times "
-                   f"grad_accum={settings['grad_accum']}")
+                   f"grad_accum={accum}")
         if settings["eval_windows"] % self.ranks:
             refuse(f"eval_windows={settings['eval_windows']} must be a multiple of the {self.ranks} ranks")
         self.device, reason = choose_device(settings["device"], settings["dtype"], self.local_rank)
         self.dtype = getattr(torch, settings["dtype"])
         self.weight_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.out_dir, self.resumed = Path(settings["out_dir"]), None
-        self.log_file = self.samples_file = self.lock = self.wandb = self.writer = None
-        self.stop_signal, self.shown_at, self.line = 0, 0.0, 0
-        self.peak, self.flops = None, 0  # of the GPU a second; of this rank's step
+        self.out_dir, self.resumed, self.began = Path(settings["out_dir"]), resumed, time.time()
+        self.log_file = self.samples_file = self.lock = self.tracker = self.writer = None
+        self.stop_signal, self.ask_every, self.hashes, self.spent = 0, 1, {}, 0.0
         if self.device.type == "cuda":
-            if self.local_rank >= torch.cuda.device_count():
-                refuse(f"nproc_per_node is above the {torch.cuda.device_count()} GPUs of this machine")
             torch.cuda.set_device(self.device)
-            name = torch.cuda.get_device_name(self.device)
-            self.peak = next((peak for key, peak in PEAK.items() if key in name), None)
             torch.set_float32_matmul_precision("high")
-        if self.ranks > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.progress = Progress(self.device, self.first)
+        self.say = self.progress.say
         self.say(f"{stage}: {self.device} ({reason}), {settings['dtype']}, rank 0 of {self.ranks}, "
                  f"{torch.get_num_threads()} threads, torch {torch.__version__}")
 
@@ -82,12 +81,25 @@ class Run:
     def command(self):
         """The command that goes on with the run."""
         launch = "torchrun --nproc_per_node=" + os.environ.get("LOCAL_WORLD_SIZE", "1")
-        return shlex.join((*(launch.split() if self.ranks > 1 else ["python"]), str(self.script),
+        return shlex.join((*(launch.split() if self.ranks > 1 else ["python"]), self.script.name,
                            f"--resume={self.out_dir}"))
 
-    def barrier(self):
+    # ---- ranks
+
+    def together(self, work):
+        """The first rank does the work; if it refuses, all end, and none waits for another."""
+        code = 0
+        if self.first:
+            try:
+                work()
+            except SystemExit as refused:
+                code = refused.code
         if self.ranks > 1:
-            dist.barrier()
+            flag = torch.tensor([code], device=self.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            code = int(flag.item())
+        if code:
+            raise SystemExit(code)
 
     def average(self, tensors):
         """Averages a list of tensors over the ranks, in place, through one flat buffer and one all-reduce."""
@@ -114,33 +126,48 @@ class Run:
         return torch.device("cpu") if short else self.device
 
     # ---- the folder and what is written there
+
     def open(self, need_bytes):
-        """Takes the run folder, after every check, if need_bytes are free; an earlier run is moved aside."""
-        if self.first:
+        """Takes the run folder, after every check, if need_bytes are free; an earlier run is moved aside.
+
+        The ranks meet here: whoever refused before did so alone, and in words.
+        """
+        if self.ranks > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.together(lambda: self._take_folder(need_bytes))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _take_folder(self, need_bytes):
+        try:
             existing = next(p for p in (self.out_dir, *self.out_dir.absolute().parents) if p.exists())
             free = shutil.disk_usage(existing).free
             if free < need_bytes:
                 refuse(f"out_dir={str(self.out_dir)!r}: {free / 1e6:.0f} MB are free there and the run needs "
                        f"about {need_bytes / 1e6:.0f} MB; free some or choose another --out_dir")
-            try:
-                self._move_aside()
-                self.out_dir.mkdir(parents=True, exist_ok=True)
-                self._take_lock()
-                if self.settings["wandb_log"] != "no":
-                    self._start_wandb()
-                if self.resumed:
-                    self._take_back()
-                self.write_json("config.json", self.settings)  # first: it tells that the folder is a run's
-                if not self.resumed:
-                    self._keep_sources()
-                self.log_file, self.samples_file = (
-                    open(self.out_dir / name, "a", encoding="utf-8") for name in GROWING)
-                self.writer = Writer(self.out_dir)
-            except OSError as error:
-                refuse(f"out_dir={str(self.out_dir)!r} cannot be written to ({error.strerror}); name another")
-        self.barrier()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+            if self.settings["wandb_log"] != "no":  # before anything is touched: it may refuse
+                from tracker import Tracker
+                ids = json.loads((self.out_dir / "wandb.json").read_bytes()) if self.resumed else None
+                mode, settings = self.settings["wandb_log"], self.settings
+                self.tracker = Tracker(mode, self.out_dir, settings, self.stage, ids)
+            self._move_aside()
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            self._take_lock()
+            if self.resumed:
+                self._take_back()
+            self.write_json("config.json", self.settings)  # first: it tells that the folder is a run's
+            if not self.resumed:
+                self._keep_sources()
+            for name in GROWING:
+                path = self.out_dir / name
+                self.hashes[name] = hashlib.sha256(path.read_bytes() if path.exists() else b"")
+            self.log_file, self.samples_file = (open(self.out_dir / name, "ab") for name in GROWING)
+            self.writer = Writer(self.out_dir)
+            if self.tracker:
+                self.write_json("wandb.json", self.tracker.ids)  # a resumed run goes on in the same ones
+        except (OSError, RuntimeError, ValueError) as error:  # pathlib's of a symlink to itself; JSON's
+            reason = getattr(error, "strerror", None) or error
+            refuse(f"out_dir={str(self.out_dir)!r} cannot be written to ({reason}); name another")
 
     def _move_aside(self):
         held = {p.name for p in self.out_dir.glob("*")} - {".lock"}
@@ -163,32 +190,34 @@ class Run:
 
     def _take_back(self):
         """Undoes what was written after the checkpoint: it will be written again."""
-        for name, size in self.resumed["files"].items():
+        for name, (size, sha256) in self.resumed["files"].items():
             path = self.out_dir / name
             if not path.is_file() or path.stat().st_size < size:
                 refuse(f"{path} is gone or shorter than at the checkpoint: the run cannot be gone on with")
-            os.truncate(path, size)
+            if hashlib.sha256(path.read_bytes()[:size]).hexdigest() != sha256:
+                refuse(f"{path} was altered since the checkpoint: the run cannot be gone on with")
+        for name, (size, _) in self.resumed["files"].items():
+            os.truncate(self.out_dir / name, size)
         for path in (self.out_dir / "hacks").glob("*"):
             report = re.fullmatch(r"(\.?)(\d+)\.(md|png)(\.tmp)?", path.name)  # a kill may leave .001.md.tmp
             if report and (report[1] or int(report[2]) > self.resumed["reports"]):
                 path.unlink()
+        if self.resumed["sources"] != self.sources()[1]:
+            self.say("the project's code has changed since the run was begun; it goes on with that of today")
+
+    def sources(self):
+        """(the script and the modules beside it that it imported, sorted paths; their sha256)."""
+        folder = self.script.resolve().parent
+        files = [str(self.script), *(getattr(m, "__file__", None) for m in list(sys.modules.values()))]
+        paths = {Path(f).resolve() for f in files if isinstance(f, str)}
+        paths = sorted(path for path in paths if path.parent == folder and path.is_file())
+        return paths, hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
 
     def _keep_sources(self):
-        folder, kept = self.script.resolve().parent, self.out_dir / "sources"
+        kept = self.out_dir / "sources"
         kept.mkdir(exist_ok=True)
-        files = [str(self.script), *(getattr(m, "__file__", None) for m in list(sys.modules.values()))]
-        for path in {Path(f).resolve() for f in files if isinstance(f, str)}:
-            if path.parent == folder and path.is_file():
-                shutil.copy(path, kept)
-
-    def _start_wandb(self):
-        try:
-            import wandb
-            self.wandb = wandb.init(project="metalearn", name=self.out_dir.name, dir=self.out_dir.parent,
-                                    config=self.settings, mode=self.settings["wandb_log"])
-        except Exception as error:  # no package, no account, no network: wandb has its own kinds for each
-            refuse(f"wandb_log={self.settings['wandb_log']!r} could not start ({type(error).__name__}): "
-                   "`pip install wandb`, `wandb login`, or use --wandb_log=offline")
+        for path in self.sources()[0]:
+            shutil.copy(path, kept)
 
     def write(self, name, write):
         """Writes out_dir/name by `write(file)`, whole or not at all."""
@@ -219,15 +248,17 @@ class Run:
         bit, on a GPU as far as its kernels repeat themselves.
         """
         self.average(list(tally.values()))
-        weights = [p for part in parts.values() if isinstance(part, torch.nn.Module) for p in part.parameters()]
+        modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
+        weights = [p for module in modules for p in module.parameters()]
         if not all(torch.isfinite(t).all() for t in (*weights, *tally.values())):
             self.stop_not_finite("a weight or the loss", at["arm"], step)
         at["step"] = step
         if self.first and (last or self.stop_signal or self.writer.due()):
-            files = {n: (self.out_dir / n).stat().st_size for n in GROWING}
+            files = {n: ((self.out_dir / n).stat().st_size, self.hashes[n].hexdigest()) for n in GROWING}
             saved = {name: part.state_dict() for name, part in parts.items()}
             self.writer.write(dict(at, tally=tally, format=FORMAT, stage=self.stage, config=self.settings,
-                                   files=files, reports=self.last_report(), **saved))
+                                   files=files, reports=self.last_report(), sources=self.sources()[1],
+                                   seconds=self.seconds(), **saved))
         if self.stop_signal:
             self.stop()
 
@@ -238,7 +269,8 @@ class Run:
         for name, part in parts.items():
             if name in self.resumed:
                 part.load_state_dict(self.resumed[name])
-        self.resumed = {name: self.resumed[name] for name in ("files", "reports")}  # the rest is freed
+        self.spent = self.resumed["seconds"]
+        self.resumed = {name: self.resumed[name] for name in ("files", "reports", "sources")}  # no more of it
 
     def keep_end(self, arm, learner):
         """Writes the weights of an arm's end to ends/<arm>.pt; `checkpoints.read_end` reads them."""
@@ -259,99 +291,54 @@ class Run:
         if not all(math.isfinite(v) for v in row.values() if isinstance(v, float)):
             self.stop_not_finite("what is logged", row["arm"], row["step"])
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
-        self._append(self.log_file, json.dumps(rounded) + "\n")
-        if self.wandb:
-            self.wandb.log({f"{row['arm']}/{k}": v for k, v in row.items() if isinstance(v, (int, float))})
+        self._append(self.log_file, "log.jsonl", json.dumps(rounded) + "\n")
+        if self.tracker:
+            self.tracker.log(row)
 
     def sample(self, text):
         """Appends text to samples.txt."""
-        self._append(self.samples_file, text)
+        self._append(self.samples_file, "samples.txt", text)
 
-    def _append(self, file, text):
+    def _append(self, file, name, text):
         if self.first:
+            data = text.encode("utf-8", errors="replace")
             try:
-                file.write(text)
+                file.write(data)
                 file.flush()
             except OSError as error:
                 refuse(f"{file.name} could not be written ({error}); once it can: --resume={self.out_dir}")
+            self.hashes[name].update(data)
 
     def last_report(self):
         """The number of the newest hack report, hacks/<number>.md; 0 without one."""
         stems = [path.stem for path in (self.out_dir / "hacks").glob("*.md")]
         return max((int(stem) for stem in stems if stem.isdecimal()), default=0)
 
+    def seconds(self):
+        """What the run has taken so far, before it was interrupted too."""
+        return round(self.spent + time.time() - self.began, 1)
+
+    def facts(self):
+        """When, of what code, on what, and how long."""
+        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=self.script.resolve().parent,
+                             capture_output=True, text=True) if shutil.which("git") else None
+        machine = f"{platform.system()} {platform.machine()}, {self.device.type}, {self.ranks} ranks"
+        return dict(date=datetime.datetime.now().isoformat(timespec="seconds"), seconds=self.seconds(),
+                    commit=git.stdout.strip() or None if git else None, sources_sha256=self.sources()[1],
+                    python=platform.python_version(), torch=torch.__version__, machine=machine)
+
     def finish(self, summary, draw):
-        """Writes summary.json and the picture that draw([folder]) makes, shows both to wandb, and ends."""
-        self.write_json("summary.json", summary)
-        picture = None
+        """Writes summary.json and the picture that draw([folder]) makes, and ends."""
+        self.write_json("summary.json", dict(summary, **self.facts()))
         if self.first:
             try:
                 picture, _ = draw([self.out_dir])
                 self.say(f"drawn in {picture}")
             except Exception as error:  # the run is done and written: a picture may not undo that
                 self.say(f"no picture was drawn ({type(error).__name__}); try python plot.py {self.out_dir}")
-        if self.wandb and summary["arms"]:
-            import wandb
-            columns = [k for k, v in next(iter(summary["arms"].values())).items() if not isinstance(v, list)]
-            rows = [[name, *(arm[k] for k in columns)] for name, arm in summary["arms"].items()]
-            curves = {"curves": wandb.Image(str(picture))} if picture else {}
-            self.wandb.log({"arms": wandb.Table(columns=["arm", *columns], data=rows), **curves})
-        self.close()
+        self.close(summary["arms"])
 
-    # ---- progress and stopping
-    def say(self, text):
-        """Prints a line, from rank 0 alone, below the updating one if there is one."""
-        if self.first:
-            print(f"\r{' ' * self.line}\r" * (self.line > 0) + text, flush=True)
-            self.line = 0
-
-    def start_clock(self, step):
-        """Begins a phase at `step`: the progress counts its time from here."""
-        self.phase_step, self.phase_at, self.row_at = step, time.time(), time.time()
-
-    def speed(self, tokens):
-        """Tokens a second since the last call, evaluations left out of neither side."""
-        now = time.time()
-        speed, self.row_at = tokens / max(now - self.row_at, 1e-9), now
-        return speed
-
-    @contextmanager
-    def counted(self, first):
-        """Counts the FLOPs of this rank's step if it is the `first` after an evaluation and `mfu` needs them."""
-        if not (first and self.peak):
-            yield
-            return
-        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-            yield
-        self.flops = counter.get_total_flops()
-
-    def use_of_machine(self, steps_per_s):
-        """{"mfu": the arithmetic of this rank's steps as a share of the peak of its GPU, "peak_gb": the most
-        memory that this process held, GB}; None where it cannot be told."""
-        mfu = self.flops * steps_per_s / self.peak if self.peak and self.flops else None
-        if self.device.type == "cuda":
-            return dict(mfu=mfu, peak_gb=torch.cuda.max_memory_allocated(self.device) / 1e9)
-        try:
-            import resource  # Linux and Mac have it
-        except ImportError:
-            return dict(mfu=mfu, peak_gb=None)
-        unit = 1 if sys.platform == "darwin" else 1024
-        return dict(mfu=mfu, peak_gb=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9)
-
-    def show(self, row, steps):
-        """The progress: one updating line on a terminal, elsewhere a plain line now and then."""
-        step, spent = row["step"], time.time() - self.phase_at
-        minutes, seconds = divmod(int(spent * (steps - step) / max(1, step - self.phase_step)), 60)
-        loss = "    -" if row["proxy"] is None else f"{row['proxy']:.3f}"
-        text = (f"{row['arm']:>12} {step:>{len(str(steps))}}/{steps}  loss {loss}  "
-                f"gold {row['gold_nats']:.3f} ({row['gold_bpb']:.3f} bits/byte)  "
-                f"{row['tok_per_s']:,.0f} tokens/s  {minutes}:{seconds:02d} left")
-        if self.first and sys.stdout.isatty():
-            print("\r" + text.ljust(self.line), end="", flush=True)
-            self.line = len(text)
-        elif self.first and (step in (0, steps) or time.time() - self.shown_at > 5):
-            print(text, flush=True)
-            self.shown_at = time.time()
+    # ---- stopping
 
     def _on_signal(self, number, frame):
         if self.stop_signal:  # asked twice: at once
@@ -359,13 +346,14 @@ class Run:
         self.stop_signal = number
 
     def stopping(self, step):
-        """Whether to end after this step. All ranks agree: they ask each other at the evaluations."""
-        if self.ranks > 1 and step % self.settings["eval_interval"]:
+        """Whether to end after this step. All ranks agree: they ask each other every second or so."""
+        if self.ranks > 1 and step % self.ask_every and step % self.settings["eval_interval"]:
             return False
         if self.ranks > 1:
-            flag = torch.tensor([self.stop_signal], device=self.device)
+            each = int(1 / self.progress.step_time(step)) if self.first else 0
+            flag = torch.tensor([self.stop_signal, each], device=self.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            self.stop_signal = int(flag.item())
+            self.stop_signal, self.ask_every = int(flag[0].item()), max(1, int(flag[1].item()))
         return self.stop_signal > 0
 
     def stop(self):
@@ -376,16 +364,17 @@ class Run:
 
     def stop_not_finite(self, what, arm, step):
         """Ends a run in which something is NaN or infinite; the checkpoint before it stays."""
+        rate = self.settings["learning_rate"]
         self.say(f"error: {what} is not finite at step {step} of {arm}; go on from the last checkpoint at a "
-                 f"learning_rate below {self.settings['learning_rate']}:\n  {self.command} --learning_rate=...")
+                 f"learning_rate below {rate}:\n  {self.command} --learning_rate=...")
         self.close()
         raise SystemExit(3)
 
-    def close(self):
+    def close(self, arms=None):
         if self.writer:
             self.writer.wait()
-        if self.wandb:
-            self.wandb.finish()
+        if self.tracker:
+            self.tracker.finish(arms)
         for f in filter(None, (self.log_file, self.samples_file, self.lock)):
             f.close()
         if self.ranks > 1:
@@ -394,20 +383,28 @@ class Run:
             dist.destroy_process_group()
 
 
-def open_run(scope):
+def open_run(scope, self_phase=()):
     """The Run of a script's settings (its globals), overridden and checked. Nothing is written yet.
 
-    With `resume`, the settings of the resumed run stand; a different one on the command line is refused.
+    With `resume`, the settings of the resumed run stand, with `start` those that its meta phase read; a
+    different one on the command line is refused. self_phase: names of the settings that no meta phase of the
+    script reads, beside configurator.SELF_PHASE.
     """
     settings, given = configure(scope)
-    stage, folder = Path(scope["__file__"]).stem, settings["resume"]
+    stage, folder, resumed = Path(scope["__file__"]).stem, settings["resume"], None
+    if folder == "auto":
+        folder = settings["out_dir"] if (Path(settings["out_dir"]) / NEWEST).exists() else ""
+        given = settings if folder else given  # all of them: the same command goes on, and no other
+        settings["resume"] = folder
     if folder:
         resumed = read_checkpoint(folder, stage)
         settings = keep_saved(settings, given, resumed["config"], folder)
-        scope.update(settings)
+    elif settings.get("start"):
+        other = read_checkpoint(run_of(settings["start"])[0], stage)["config"]
+        settings = taken_from(settings, given, other, self_phase)
+    scope.update(settings)
     check_common(settings)
-    run = Run(stage, settings, scope)
-    if folder:
-        run.resumed = resumed
-    run.say("  ".join(f"{k}={v}" for k, v in settings.items() if v != ""))
+    run = Run(stage, settings, scope, resumed)
+    changed = {k: v for k, v in settings.items() if v != defaults_of(scope)[k] and k != "out_dir"}
+    run.say("  ".join(f"{k}={v}" for k, v in changed.items()) or "all settings are the defaults")
     return run

@@ -286,7 +286,7 @@ def ask(phases, learner, critic):
 def check():
     """The arms by name. Refuses settings that cannot be."""
     refuse_if(order not in (1, 2), f"order={order} must be 1 (imitation) or 2 (imitation and second order)")
-    refuse_if(order == 2 and compile, "order=2 needs compile=False: what is compiled has no second derivative")
+    refuse_if(order == 2 and compile, "order=2 needs compile=False: compiled, there is no second derivative")
     refuse_if(adversarial > 1, f"adversarial={adversarial} must be at most 1: it is a share")
     refuse_if(rescue_steps and meta_steps < 100, f"rescue_steps={rescue_steps} waits for the watch's alarm, "
               f"which needs 100 meta_steps or more, not {meta_steps}")
@@ -301,7 +301,7 @@ def rate(arm, step):
 
 
 def main():
-    run = open_run(globals())
+    run = open_run(globals(), UNREAD_BY_META)
     names = run.arms_to_go(check(), ARMS)
     corpus = read_corpus(run, block_size)
     torch.manual_seed(seed)

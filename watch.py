@@ -154,10 +154,9 @@ def make_row(run, arm, step, tally, gold, lr, more):
         mean.update(target_top=share.max().item(), target_entropy=torch.special.entr(share).sum().item())
     tokens = run.settings["batch_size"] * run.settings["block_size"]
     total = step + (run.settings["meta_steps"] if arm != "meta" else 0)
-    tok_per_s = run.speed(n / pieces * tokens)
     row = dict(stage=run.stage, arm=arm, step=step, tokens=total * tokens, proxy=mean.pop("loss", None),
                gold_nats=gold[0], gold_bpb=gold[1], lr=lr, **{**dict.fromkeys(ROW), **more, **mean},
-               tok_per_s=tok_per_s, **run.use_of_machine(tok_per_s / tokens))
+               **run.progress.speed(n / pieces, tokens))
     return row, stream
 
 

@@ -24,13 +24,13 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules
+from checkpoints import read_end
 from configurator import refuse
+from corpus import decode, get_batch, val_windows, windows
 from gists import Space, layout, past_of, read, squared_distances, starts_of, vectors, whitening
 from model import adamw
 from planted import LAGS, planted_answers, true_classes
 from plot import interval
-from checkpoints import read_end
-from corpus import decode, get_batch, val_windows, windows
 from sample import model_of, read_run
 from wordings import NAME, classes, pairs
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from configurator import check_common, chosen, configure, keep_saved
+from configurator import check_common, chosen, configure, keep_saved, taken_from
 
 SCRIPT = '''"""A script."""
 # --- first group
@@ -98,6 +98,9 @@ def test_a_list_of_names_keeps_its_order_and_refuses_unknown_and_repeated_ones(c
     (dict(n_embd=6, n_head=2), "n_embd=6 must be an even multiple of n_head=2"),
     (dict(n_layer=0), "n_layer=0 must be above 0"),
     (dict(seed=2**63), "must be below 2**63"),
+    (dict(n_embd=2 * 10**9), "n_layer=1, n_embd=2000000000: 768,000,000,"),
+    (dict(batch_size=10**15, block_size=1024, vocab=512), "batch_size=1000000000000000, block_size=1024"),
+    (dict(eval_windows=10**18), "eval_windows=1000000000000000000: 8,000,000,000 GB at least, of "),
 ])
 def test_impossible_sizes_are_refused(changes, message, capsys):
     possible = dict(n_layer=1, n_embd=8, n_head=2, seed=1)
@@ -112,9 +115,20 @@ def test_a_resumed_run_keeps_its_settings_but_those_that_change_no_number(capsys
     saved = dict(learning_rate=0.5, arms="self", device="cpu", out_dir="old", resume="")
     kept = keep_saved(now, dict(arms="real"), saved, "old")
     assert kept == dict(learning_rate=0.5, arms="real", device="cpu", out_dir="old", resume="")
-    with pytest.raises(SystemExit):
-        keep_saved(now, dict(learning_rate=0.1), saved, "old")
-    assert "learning_rate=0.1 differs from 0.5, with which old was begun" in capsys.readouterr().err
+    assert keep_saved(now, dict(learning_rate=0.1), saved, "old")["learning_rate"] == 0.1  # it diverged
+    for settings, given, message in (
+            (now, dict(learning_rate=0.6), "learning_rate=0.6 differs from 0.5, with which old was begun"),
+            (dict(now, decay=1.0), {}, "'decay' was no setting yet when it was begun: old is of other code"),
+            ({k: v for k, v in now.items() if k != "arms"}, {}, "'arms' is no setting any more: old is of")):
+        with pytest.raises(SystemExit):
+            keep_saved(settings, given, saved, "old")
+        assert message in capsys.readouterr().err
+
+
+def test_what_a_meta_phase_reads_is_taken_from_the_run_that_is_started_from():
+    now = dict(n_embd=8, self_rate=1.0, arms="a", seed=1)
+    other = dict(n_embd=16, self_rate=0.5, arms="b", seed=2)
+    assert taken_from(now, dict(seed=1), other, ("self_rate",)) == dict(now, n_embd=16)
 
 
 def test_settings_and_plots_can_be_read_without_torch_and_matplotlib():

@@ -86,7 +86,8 @@ def toy_phases(learner, critic, **parts):
     phases.run = SimpleNamespace(average=alone, mean=lambda v: v.item(), rank=0, ranks=1, device="cpu")
     phases.piece = None
     tokens = torch.randint(0, 13, (2000,), generator=torch.Generator().manual_seed(0)).numpy()
-    phases.corpus, phases.tally = SimpleNamespace(train=tokens, train_other=tokens, val=tokens, val_other=tokens), {}
+    phases.corpus, phases.tally = SimpleNamespace(train=tokens, train_other=tokens, val=tokens), {}
+    phases.corpus.val_other = tokens
     phases.judge = lambda: phases.parts["critic"]
     phases.settings = dict(batch_size=2, block_size=8, seed=1, grad_clip=1.0, grad_accum=1)
     phases.parts = dict(learner=learner, critic=critic, pool=Pool("cpu"), **parts)

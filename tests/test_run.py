@@ -162,8 +162,9 @@ def test_what_is_not_finite_is_in_no_checkpoint_and_the_way_on_is_named(make_run
         run.is_finite((math.nan if bad == "gold" else 1.0, 1.0), "meta", 5)
         run.checkpoint(5, dict(AT), tally, dict(net=net))
     output = capsys.readouterr().out
-    assert stop.value.code == 3 and f"{bad} is not finite at step 5 of meta" in output.replace("or the loss ", "")\
-        .replace("a weight is", f"{bad} is") and f"--resume={run.out_dir} --learning_rate=" in output
+    what = "gold" if bad == "gold" else "a weight or the loss"
+    assert stop.value.code == 3 and f"error: {what} is not finite at step 5 of meta" in output
+    assert f"python script.py --resume={run.out_dir} --learning_rate=" in output
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
 
 
@@ -228,7 +229,7 @@ def test_a_resumed_run_is_where_the_checkpoint_was_and_takes_back_what_came_afte
     new = dict(net=torch.nn.Linear(2, 2), done=torch.nn.Linear(2, 2))
     missing = new["done"].weight.clone()
     run.restore(at, tally, new)
-    assert set(run.resumed) == {"files", "reports"}  # the rest is freed
+    assert set(run.resumed) == {"files", "reports", "sources"}  # the rest is freed
     assert at == dict(AT, arm="real", step=2) and tally == dict(loss=torch.tensor([3.0]))
     assert torch.equal(new["net"].weight, parts["net"].weight) and torch.equal(new["done"].weight, missing)
     run.open(0)
@@ -280,8 +281,8 @@ def test_a_meta_phase_is_lent_only_to_runs_that_would_have_gone_through_the_same
 
 
 def test_a_critic_comes_from_a_bottleneck_of_the_same_shape(make_run, tmp_path, capsys):
-    state = dict(AT, meta={}, snapshot=dict(learner=7), config=dict(vocab=9, n_layer=3), format=checkpoints.FORMAT,
-                 stage="gist_bottleneck")
+    state = dict(AT, meta={}, snapshot=dict(learner=7), config=dict(vocab=9, n_layer=3),
+                 format=checkpoints.FORMAT, stage="gist_bottleneck")
     torch.save(state, tmp_path / "ckpt.pt")
     assert read_bottleneck(str(tmp_path), "cpu", "plays", vocab=9) == dict(vocab=9, n_layer=3, weights=7)
     message = f"vocab=8 differs from 9, that of critic_from={str(tmp_path)!r}"

@@ -196,8 +196,8 @@ def test_agreement_and_echo_are_shares_of_the_told_tokens_of_one_and_of_several_
 def test_a_row_holds_the_means_of_the_steps_since_the_last_one_and_none_without_a_step():
     tally, lr = {}, 0.1
     run = SimpleNamespace(stage="s", settings=dict(batch_size=2, block_size=3, meta_steps=10, grad_accum=1),
-                          average=lambda tensors: None, speed=lambda tokens: tokens,
-                          use_of_machine=lambda steps_per_s: {})
+                          average=lambda tensors: None,
+                          progress=SimpleNamespace(speed=lambda steps, each: dict(tok_per_s=steps * each)))
     make = lambda arm: make_row(run, arm, 5, tally, (3.0, 2.0), lr, dict(own=7, outside=None))
     logp, obs = torch.full((2, 3, 4), math.log(0.25)), torch.tensor([[0, 1, 2], [3, 0, 1]])
     for k, told in enumerate((obs, torch.zeros_like(obs))):
