@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
@@ -32,8 +31,15 @@ class Fakes(FakeTensorMode):
     __deepcopy__ = lambda self, memo: self  # what is copied stays in this mode
 
 
-def tensors_in(tree):
-    return [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+def tensors_in(values):
+    """The tensors among values, and in lists of them."""
+    found = []
+    for value in values if isinstance(values, (list, tuple)) else [values]:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(value)
+    return found
 
 
 class Memory(TorchDispatchMode):
@@ -58,7 +64,7 @@ class Memory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out, kwargs, schema = func(*args, **(kwargs or {})), kwargs or {}, func._schema
-        read, place = tensors_in((args, kwargs)), lambda t: t.untyped_storage()._cdata
+        read, place = tensors_in((*args, *kwargs.values())), lambda t: t.untyped_storage()._cdata
         known = {place(t) for t in read}
         written = [t for t in tensors_in(out) if place(t) not in known]  # not views
         for t in written:

@@ -69,10 +69,8 @@ def plan(stages):
     """Prints what steps of GPT-2's size cost, what limits them, and up to which model they fit a GPU."""
     large, single, (blocks, _) = kinds_of(stages, ROWS), kinds_of(stages, 1), SIZES[0]
     wanted = {name: spread(task, blocks, inner) for name, (task, inner) in large.items()}
-    for depth, width in SIZES:
-        for name, (task, inner) in single.items():
-            if inner > 1 and depth > SIZES[1][0]:
-                continue
+    for name, (task, inner) in single.items():
+        for depth, width in SIZES[:2 if inner > 1 else None]:  # that 15 do not fit is plain from the second
             wanted[name, depth] = spread(task.at(n_embd=width, n_head=width // 64), depth, inner)
     four = large["stage 3, meta, chunk 4, 15 inner"][0].at(n_layer=AT[0], inner_steps=4)
     whole = {f"{name}, {blocks} blocks": (large[name][0].at(n_layer=blocks), wanted[name])
@@ -88,10 +86,10 @@ def plan(stages):
         print(f"{name}: in full, and by differences, {100 * off:.2f} % apart at most")
     print(f"\n{f'peak GB, 1 x 1,024 of text a GPU':<34}" + "".join(f"{f'{d} x {w}':>11}" for d, w in SIZES))
     for name in single:
-        peaks = {size: found[name, size[0]][2] for size in SIZES}
+        peaks = {(d, w): found[name, d][2] for d, w in SIZES if (name, d) in found}
         fits = [f"{d} x {w}" for (d, w), peak in peaks.items() if peak < ROOM]
-        print(f"{name:<34}" + "".join(f"{peak / 1e9:11.1f}" for peak in peaks.values()),
-              f" up to {fits[-1]}" if fits else " none", flush=True)
+        row = "".join(f"{peak / 1e9:11.1f}" for peak in peaks.values())
+        print(f"{name:<34}{row:<44}  {'up to ' + fits[-1] if fits else 'none'}")
 
 
 def print_cost(found):
