@@ -3,13 +3,14 @@ How long the steps of each stage take, side by side in one run, beside the stage
 
     python bench.py                 # about three minutes on two cores
     python bench.py 3 --quick       # one stage alone, in fewer rounds
+    python bench.py --plan          # counted, not timed: GPT-2's sizes on 1, 8 and 64 GPUs; see plan.py
+    python bench.py --growth        # how steps grow; --quick leaves the largest sizes out
 
 The real step is cross entropy on text: forward, backward, clip, AdamW. At five sizes it stands beside one of
-GPT-2's form built of torch.nn, so that the numbers of another machine can be read. The meta steps of stage 3
-are ratios to the same derivative by autograd through the whole unroll, in time and, where Linux counts it,
-in peak memory.
+GPT-2's form built of torch.nn, so that the numbers of another machine can be read. A meta step of stage 3 is
+a ratio to a step of the arm frozen, and in parts to the same derivative by autograd through the whole unroll,
+in time and in peak memory, which is counted.
 """
-import copy
 import functools
 import sys
 import time
@@ -25,37 +26,13 @@ import self_ce
 from configurator import refuse
 from count import Task, count
 from equations import by_name, gradient, inner_step, leaves
-from gists import Space, layout, say_chunks
+from gists import say_chunks
 from model import GPT, GPTConfig, adamw
-from phases import Phases
 from plan import growth, plan
+from steps import Alone, alone, critic_3, learner_of, plain, stage_1, stage_2, stage_3
 
 SIZES = ((512, 2, 128, 64, 4, 8), (256, 3, 96, 128, 4, 8), (512, 2, 64, 32, 4, 16), (512, 4, 256, 256, 4, 4),
          (8192, 6, 384, 256, 6, 2))  # V, L, C, T, H, B
-
-
-class Alone:
-    """What the steps of a script ask of its Phases and of its Run, on one rank, with text that is random.
-
-    average: of a list of tensors over ranks, in place.
-    """
-    arm, rank, ranks, corpus, snapshot, device = "frozen", 0, 1, None, None, torch.device("cpu")
-    take_step, judge = Phases.take_step, lambda self: self.parts["critic"]
-    mean = lambda self, value: 0.0  # waits for no device
-
-    def __init__(self, script, average, **parts):
-        self.run, self.settings, self.average, self.parts, self.tally = self, vars(script), average, parts, {}
-
-    def chance(self, step, shape, stream, rows=None):
-        return torch.rand(rows or self.settings["batch_size"], *shape)
-
-    def text(self, step, stream=0, rows=None, split="train"):
-        s = self.settings
-        return torch.randint(s["vocab"], (rows or s["batch_size"], s["block_size"] + 1))
-
-    def take_snapshot(self):
-        """What the arms start from, held as long as they run."""
-        self.snapshot = self.snapshot or copy.deepcopy({n: part.state_dict() for n, part in self.parts.items()})
 
 
 class Baseline(nn.Module):
@@ -79,108 +56,12 @@ class Baseline(nn.Module):
         return self.norm(x) @ self.token.weight.T
 
 
-def learner_of(script, n_special=1):
-    """(a GPT of a script's sizes, its optimizer)."""
-    model = GPT(GPTConfig(script.vocab, n_special, script.n_layer, script.n_head, script.n_embd))
-    return model, adamw(model, 1e-4)
-
-
-alone = lambda tensors: None  # the average over one rank
-
-
-def plain(phases, model, optimizer, text):
-    """A training step: forward, backward, clip, AdamW."""
-    logits = model(text[:, :-1])
-    F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()).backward()
-    phases.take_step(model, optimizer)
-
-
 def sizes(V, L, C, T, H, B):
     """{name: step}: the baseline's plain step, and ours at the same sizes."""
     text, theirs, ours = torch.randint(V, (B, T + 1)), Baseline(V, L, C, T, H), GPT(GPTConfig(V, 1, L, H, C))
     optimizer, mine = torch.optim.AdamW(theirs.parameters(), 1e-4, fused=True), adamw(ours, 1e-4)
     step = functools.partial(plain, Alone(self_ce, alone))
     return {"the baseline": lambda: step(theirs, optimizer, text), "ours": lambda: step(ours, mine, text)}
-
-
-def stage_1(average=alone):
-    """{name: step}, the plain step first."""
-    learner, optimizer = learner_of(self_ce)
-    critic = GPT(learner.config)
-    phases = Alone(self_ce, average, learner=learner, critic=critic, optimizer=optimizer)
-
-    def meta(second=False):
-        text = phases.text(0)
-        loss, own = self_ce.meta_loss(phases, learner, text, 0, {})
-        loss.backward()
-        if second:
-            dphi, _ = self_ce.second_order(learner, learner, text, own, phases.text(0), average)
-            for name, p in learner.named_parameters():
-                p.grad += dphi[name]
-        phases.take_step(learner, optimizer)
-
-    def frozen():
-        phases.take_snapshot()
-        text = phases.text(0)
-        self_ce.self_loss("frozen", learner, critic, text, text[:, 1:], {}).backward()
-        phases.take_step(learner, optimizer)
-
-    return {"real": lambda: plain(phases, learner, optimizer, phases.text(0)), "meta": meta,
-            "meta, order=2": lambda: meta(second=True), "frozen": frozen}
-
-
-def stage_2(average=alone):
-    """{name: step}, the step of the real arm first."""
-    lay = layout(gb.block_size, gb.chunk, gb.n_gist, gb.vocab, "cpu")
-    learner, optimizer = learner_of(gb, gb.n_gist + 1)
-    critic = GPT(learner.config).requires_grad_(False)
-    phases = Alone(gb, average, learner=learner, critic=critic, optimizer=optimizer)
-    gist = Space("gist", whiten=torch.randn(gb.n_gist * gb.n_embd, 16))
-    random = Space("random", whiten=torch.eye(16), table=torch.randn(gb.vocab, 16))
-
-    def step(loss):
-        loss.backward()
-        phases.take_step(learner, optimizer)
-
-    def signal(space):
-        phases.take_snapshot()
-        step(gb.self_loss(phases, "frozen", learner, critic, space, lay, phases.text(0), 0, {}))
-
-    return {"real": lambda: step(gb.real_loss(learner, lay, phases.text(0), "gist", {})),
-            "frozen": lambda: signal(gist), "random": lambda: signal(random)}
-
-
-def critic_3():
-    return nn.ParameterDict(dict({s: torch.ones(()) for s in mg.SCALARS}, E=torch.randn(mg.vocab, mg.n_embd)))
-
-
-class Shelf:
-    """What a pool.Pool does, with learners that are the pretrained one and take no memory here: those of a run
-    are in the host's where the device has no room."""
-
-    def take(self, turn, parts, mover):
-        for name, part in mover.items():
-            part.load_state_dict(parts[name].state_dict())
-        return dict(age=0)
-
-    def give_back(self, *result):
-        pass
-
-
-def stage_3(average=alone):
-    """{name: step}, the step of the real arm first."""
-    (learner, optimizer), (other, its), critic = learner_of(mg), learner_of(mg), critic_3()
-    phases = Alone(mg, average, learner=learner, critic=critic, optimizer=optimizer)
-    held = dict(phases.parts, critic_optimizer=torch.optim.Adam(critic.parameters()), pool=Shelf())
-    meta = Alone(mg, average, **held)
-    mg.common = torch.arange(mg.EXACT) if mg.vocab > mg.EXACT else slice(None)
-
-    def frozen():
-        phases.take_snapshot()
-        mg.signal_step(phases, "frozen", phases.text(0), 0)
-
-    return {"real": lambda: mg.real_step(phases, phases.text(0)), "frozen": frozen,
-            "meta": lambda: mg.critic_step(meta, 0, dict(learner=other, optimizer=its))}
 
 
 def meta_parts(steps, rows):
@@ -228,13 +109,11 @@ def measure(title, steps, tokens, rounds, repeats=3):
 def memory(counts):
     """Prints the peak memory of meta steps of 64 texts beside that with every graph kept."""
     for steps in counts:
-        build = lambda average: meta_parts(steps, 64)
-        found = {name: count(Task("meta_gist", build, name, half=False))[2] / 1e6 for name in build(alone)}
+        task = Task("meta_gist", lambda average: meta_parts(steps, 64), "", half=False)
+        found = {name: count(task._replace(step=name))[2] / 1e6 for name in ("graphs kept", "meta step")}
         for name, peak in found.items():
-            print(f"  {f'{name}, {steps} steps: peak':<32} {peak:7.0f} MB {peak / found['graphs kept']:7.2f} x")
-
-
-STAGES = {1: ("self_ce", stage_1), 2: ("gist_bottleneck", stage_2), 3: ("meta_gist", stage_3)}
+            ratio = peak / found["graphs kept"]
+            print(f"  {f'{name}, {steps} steps: peak':<32} {peak:7.0f} MB {ratio:7.2f} x", flush=True)
 
 
 def main():
@@ -244,9 +123,9 @@ def main():
     for word in words - {"1", "2", "3", "--quick", "--plan", "--growth"}:
         refuse(f"{word!r} is not one of 1, 2, 3, --quick, --plan, --growth (see --help)")
     if "--plan" in words:
-        return plan(STAGES)
+        return plan()
     if "--growth" in words:
-        return growth(STAGES, "--quick" in words)
+        return growth("--quick" in words)
     stages, rounds = words - {"--quick"} or {"1", "2", "3"}, 3 if "--quick" in words else 7
     torch.manual_seed(0)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; medians of {rounds} rounds")
@@ -262,8 +141,8 @@ def main():
         tokens, steps = mg.batch_size * mg.block_size, stage_3()
         meta = {"frozen": steps["frozen"], "meta": steps.pop("meta")}
         measure(f"{title(mg)}, chunk {mg.chunk}", steps, tokens, rounds)
-        measure(f"the same, {mg.inner_steps} inner steps by AdamW, judged by {mg.outer_batch} texts", meta, tokens,
-                rounds, repeats=1)
+        measure(f"the meta step, {mg.inner_steps} inner steps by AdamW, judged by {mg.outer_batch} texts",
+                meta, tokens, rounds, repeats=1)
         mg.chunk = 1
         measure(f"{title(mg)}, chunk 1", steps, tokens, rounds)
         for steps in (1, 4, 8):

@@ -7,9 +7,9 @@ import count
 import meta_gist as mg
 import plan
 import self_ce
-from bench import STAGES
 from count import Fakes, Memory, Task
 from model import GPT, GPTConfig, rollout
+from steps import STAGES
 
 TINY = dict(vocab=11, block_size=8, batch_size=3, n_layer=2, n_head=2, n_embd=16)
 
@@ -97,9 +97,9 @@ def test_the_plan_finds_what_is_linear_in_blocks_and_inner_steps(monkeypatch, ca
         return np.array([1e12, 1e6, at["n_embd"] * 1e4, 1e6]) * cost * at["batch_size"]
 
     monkeypatch.setattr(plan, "counts", lambda tasks: {task: counted(task) for task in tasks})
-    plan.plan(STAGES)
+    plan.plan()
     out = capsys.readouterr().out
-    assert out.count(" 0.00 % apart") == 4
+    assert out.count(": 0.00 % apart, peak 0.00 %") == 4
     row = next(line for line in out.splitlines() if line.startswith("stage 1, frozen"))
     assert row.split()[3:] == ["96.00", "1.00", "0.1", "0.10", "0.7"]
     assert "48 x 1600" in next(line for line in out.splitlines()[::-1] if line.startswith("stage 1, real"))
@@ -107,8 +107,10 @@ def test_the_plan_finds_what_is_linear_in_blocks_and_inner_steps(monkeypatch, ca
 
 def test_growth_shows_two_for_what_doubles(monkeypatch, capsys):
     monkeypatch.setattr(plan, "AXES", (("texts", "batch_size", (1, 2)),))
-    monkeypatch.setattr(plan, "counts", lambda tasks: {t: np.full(4, dict(t.values)["batch_size"]) for t in tasks})
-    monkeypatch.setattr(plan, "seconds", lambda task: 0.001 * dict(task.values)["batch_size"] ** 2)
-    plan.growth(STAGES, quick=False)
+    texts = lambda task: dict(task.values)["batch_size"]
+    monkeypatch.setattr(plan, "counts", lambda tasks: {task: np.full(4, texts(task)) for task in tasks})
+    monkeypatch.setattr(plan, "seconds", lambda task: 0.001 * texts(task) ** 2)
+    plan.growth(quick=False)
     rows = capsys.readouterr().out.splitlines()
-    assert [row.split()[-1] for row in rows[4:7]] == ["2.00", "2.00", "4.00"] and len(rows) == 4 + 3 * 5
+    assert [row.split()[-1] for row in rows[4:7]] == ["2.00", "2.00", "4.00"]
+    assert len(rows) == 4 + 3 * 5
