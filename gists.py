@@ -42,8 +42,8 @@ def layout(T, chunk, n_gist, vocab, where):
     is_gist = (offset >= chunk).repeat(len(first))
     kind = torch.where(is_gist, GIST, TRUE)
     mask = {how: attention_mask(kind, pos // chunk, pos, how) for how in ("gist", "full", "none")}
-    place = torch.arange(len(pos), device=where)
-    return Layout(template, pos, place[~is_gist], place[is_gist].view(-1, n_gist),
+    place = torch.arange(len(pos), device=where).view(len(first), -1)
+    return Layout(template, pos, place[:, :chunk].flatten(), place[:, chunk:],
                   vocab + torch.arange(n_gist, device=where), mask)
 
 
@@ -86,8 +86,7 @@ class Space(NamedTuple):
 
 def starts_of(T, chunk, span, where):
     """int [N]: the places after a true prefix from which a span stays in its chunk."""
-    t = torch.arange(1, T, device=where)
-    return t[t % chunk + span <= chunk]
+    return torch.arange(T, device=where).view(-1, chunk)[:, :chunk - span + 1].flatten()[1:]
 
 
 def spans_at(x, starts, span):
@@ -110,6 +109,14 @@ def sees_of(lay, starts):
     return lay.mask["gist"][at] & (torch.arange(len(lay.pos), device=at.device) < at[:, None])
 
 
+def near_of(lay, sees):
+    """int [N, S']: all of the past that each place `sees`, bool [N, L], and other tokens where that is less
+    than the most there can be: the gists of all chunks but the last, and the text of its own but a token."""
+    n, n_gist = lay.gists.shape
+    most = (n - 1) * n_gist + len(lay.text) // n - 1
+    return sees.byte().argsort(dim=1, descending=True, stable=True)[:, :most]
+
+
 def vectors(space, critic, lay, past, starts, spans):
     """float [B, N, M, K]: what stands for M spans at each start. spans: tokens, int [B, N, M, s].
 
@@ -118,17 +125,19 @@ def vectors(space, critic, lay, past, starts, spans):
     forecast is the critic's log probabilities after the span.
     """
     B, N, M, s = spans.shape
+    sees = sees_of(lay, starts)
+    ask = lambda tokens, **options: critic.branch(tokens, pos[:, :tokens.size(3)], sees, dict(past),
+                                                  near_of(lay, sees), **options)
     pos = starts[:, None] + torch.arange(s + len(lay.marks), device=spans.device).clamp(max=s - 1)
     if space.kind == "random":
         g = space.table[spans].flatten(3)
     elif space.kind == "forecast":
-        logits = critic.branch(spans, pos[:, :s], sees_of(lay, starts), dict(past), read=slice(s - 1, None))
+        logits = ask(spans, read=slice(s - 1, None))
         g = logits.log_softmax(-1).flatten(3)
         g = g - g.mean(-1, keepdim=True)
     else:
         tokens = torch.cat((spans, lay.marks.expand(B, N, M, -1)), 3)
-        g = critic.branch(tokens, pos, sees_of(lay, starts), dict(past), read=slice(s, None),
-                          until=len(critic.blocks) - 1).flatten(3)
+        g = ask(tokens, read=slice(s, None), until=len(critic.blocks) - 1).flatten(3)
     with torch.autocast(g.device.type, enabled=False):  # distances need more digits than bfloat16 has
         g = g.to(critic.embed.weight.dtype)
         return g if space.whiten is None else g @ space.whiten
@@ -140,16 +149,17 @@ def write_spans(learner, lay, past, before, starts, u):
     past: a cache of the true text. before: log probabilities [B, N, V] of the first token of each span.
     """
     sees, span = sees_of(lay, starts), u.size(3)
+    near = near_of(lay, sees)
     grown = {block: (k.detach(), v.detach()) for block, (k, v) in past.items()}
     with torch.no_grad():
         said = before.unsqueeze(2).expand(-1, -1, u.size(2), -1)
         spans = [sample_tokens(said, u[..., 0])]
         for j in range(1, span):
-            said = learner.branch(spans[-1].unsqueeze(3), starts[:, None] + j - 1, sees, grown).squeeze(3)
-            spans.append(sample_tokens(said, u[..., j]))
+            said = learner.branch(spans[-1].unsqueeze(3), starts[:, None] + j - 1, sees, grown, near)
+            spans.append(sample_tokens(said.squeeze(3), u[..., j]))
     spans = torch.stack(spans, 3)
     pos = starts[:, None] + torch.arange(span - 1, device=u.device)
-    later = learner.branch(spans[..., :-1], pos, sees, dict(past)).log_softmax(-1)
+    later = learner.branch(spans[..., :-1], pos, sees, dict(past), near).log_softmax(-1)
     later = later.gather(-1, spans[..., 1:, None]).squeeze(-1).sum(-1)
     return spans, before.gather(-1, spans[..., 0]) + later
 
@@ -307,7 +317,7 @@ def say_chunks(learner, theta, x, y, **options):
     (B, R, n, short), T = y.shape, x.size(1)
     packed, chunk = torch.cat((x, y.flatten(1)), 1), short + 1
     place = torch.arange(T, device=x.device)
-    own = place[place % chunk > 0]
+    own = place.view(n, chunk)[:, 1:].flatten()
     pos = torch.cat((place, own.repeat(R)))
     rollouts = 1 + torch.arange(R, device=x.device)
     writer = torch.cat((torch.zeros_like(place), rollouts.repeat_interleave(len(own))))  # 0 is the world

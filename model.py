@@ -103,19 +103,20 @@ def attend(q, k, v, mask, fused):
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
 
 
-def attend_branches(q, k, v, past_k, past_v, near, seen, mine):
+def attend_branches(q, k, v, past_k, past_v, seen, near, mine):
     """Attention of M short branches at each of N places of one past: q [B, H, N, M, r, D] -> the same.
 
-    k, v: [B, H, N, M, R, D], a branch's own tokens so far. past_k, past_v: [B, H, S, D]. near: int [N, S'],
-    tokens of the past that a place may see; seen: bool [N, S'], those that it does. mine: bool [r, R].
-    Branches do not see one another: under one mask over all their tokens this would cost N M times as much.
+    k, v: [B, H, N, M, R, D], a branch's own tokens so far. past_k, past_v: [B, H, S, D]; near: int [N, S'],
+    what of it a place may see, copied for each; None: all of it, and none is copied. seen: bool [N, S' or S],
+    what a place does see. mine: bool [r, R]. One mask over all branches would cost N M times as much.
     """
-    past_k, past_v, q = past_k[:, :, near], past_v[:, :, near], q * q.size(-1) ** -0.5
-    past = (q.flatten(3, 4) @ past_k.transpose(-2, -1)).masked_fill(~seen[:, None], float("-inf"))
-    own = (q @ k.transpose(-2, -1)).masked_fill(~mine, float("-inf"))                     # [..., M, r, R]
-    weights = torch.cat((past, own.flatten(3, 4)), -1).softmax(-1)                        # [..., M r, S' + R]
-    on_past, on_own = weights.split((near.size(1), k.size(-2)), -1)
-    return (on_past @ past_v).view_as(q) + on_own.view_as(own) @ v
+    past_k, past_v, q = past_k[:, :, near], past_v[:, :, near], q * q.size(-1) ** -0.5  # [..., 1 or N, S', D]
+    asks = q.reshape(*past_k.shape[:3], -1, q.size(-1))
+    past = (asks @ past_k.transpose(-2, -1)).view(*q.shape[:3], -1, seen.size(1))         # [..., N, M r, S']
+    own = (q @ k.transpose(-2, -1)).masked_fill(~mine, float("-inf")).flatten(3, 4)       # [..., N, M r, R]
+    weights = torch.cat((past.masked_fill(~seen[:, None], float("-inf")), own), -1).softmax(-1)
+    on_past, on_own = weights.split((seen.size(1), k.size(-2)), -1)
+    return (on_past.reshape(*asks.shape[:-1], -1) @ past_v).view_as(q) + on_own.unflatten(3, q.shape[3:5]) @ v
 
 
 # ---- the network
@@ -223,8 +224,8 @@ class GPT(nn.Module):
         pos: int [L] or [B, L]; 0 to L − 1 if None. mask: bool [L, S + L], causal if None.
         cache: a dict, empty at first, that keeps keys and values: the next call sees all S tokens so far, and
         must say by pos and mask where its own stand among them (ValueError).
-        until: the number of a block from 1; in place of logits, what enters that block, normed [B, L', C], or
-        what leaves the last one if until = n_layer. No later block is computed, the one before where it is read.
+        until: the number of a block from 1; in place of logits, what enters it, normed [B, L', C], or what
+        leaves the last one if until = n_layer. No later block is computed, the one before where it is read.
         """
         if cache and (pos is None or mask is None):
             raise ValueError("with tokens in the cache, pos and mask must be given")
@@ -237,21 +238,21 @@ class GPT(nn.Module):
         x = norm(last(x, table, mask, fused, cache, read))
         return self.head(x) if until is None else x
 
-    def branch(self, x, pos, sees, cache, read=slice(None), until=None):
+    def branch(self, x, pos, sees, cache, near=None, read=slice(None), until=None):
         """Logits [B, N, M, r', V] of M branches at each of N places of the past that `cache` holds.
 
         x: int [B, N, M, r], the next r tokens of each branch. pos: int [N, r]. sees: bool [N, S], which
-        tokens of the past a place sees. read, until: as in `forward`. Branches grow in the cache: pass
-        dict(cache) to begin new ones. Only what is read goes through the last block.
+        tokens of the past a place sees; near: int [N, S'], all of these, where they are few. read, until: as
+        in `forward`. Branches grow in the cache: pass dict(cache) to begin new ones. Only what is read goes
+        through the last block.
         """
-        near = sees.byte().argsort(dim=1, descending=True, stable=True)[:, :sees.sum(1).max()]
-        seen, x = sees.gather(1, near), self.embed(x)
+        past, x = (sees if near is None else sees.gather(1, near), near), self.embed(x)
         table = self.table(pos[:, None], x.dtype)
         *blocks, last = self.blocks[:until]
         x = norm(x)
         for block in blocks:
-            x = block.branch(x, table, (near, seen), cache)
-        x = norm(last.branch(x, table, (near, seen), cache, read))
+            x = block.branch(x, table, past, cache)
+        x = norm(last.branch(x, table, past, cache, read))
         return self.head(x) if until is None else x
 
     def table(self, pos, dtype):
@@ -282,14 +283,13 @@ def sample_tokens(logits, u):
 def rollout(model, x, starts, steps, u=None):
     """Own text after many prefixes at once: own tokens, int [B, n, steps].
 
-    x: true tokens, int [B, L]. starts: n positions s, 1 ≤ s ≤ L; what starts at s has read x[:, :s] alone.
-    u: uniform numbers [B, n, steps] to sample with; None takes the likeliest token. The true tokens are read
-    once; after that every start is a branch that grows by a token a step. Raises ValueError if a start lies
-    outside 1 … L.
+    x: true tokens, int [B, L], read once. starts: n positions s, 1 ≤ s ≤ L: a branch that has read x[:, :s]
+    alone grows there. u: uniform numbers [B, n, steps] to sample with; None takes the likeliest token. Raises
+    ValueError if a start of a list lies outside 1 … L; to look at a tensor would wait for the device.
     """
+    if not isinstance(starts, torch.Tensor) and not 1 <= min(starts) <= max(starts) <= x.size(1):
+        raise ValueError(f"starts must lie in 1 ... {x.size(1)}, got {starts}")
     starts = torch.as_tensor(starts, device=x.device)
-    if starts.min() < 1 or starts.max() > x.size(1):
-        raise ValueError(f"starts must lie in 1 ... {x.size(1)}, got {starts.tolist()}")
     cache, own = {}, []
     sees = torch.arange(x.size(1), device=x.device) < starts[:, None]
     logits = model(x, cache=cache, read=starts - 1)  # [B, n, V]

@@ -11,8 +11,10 @@ from equations import gradient
 @pytest.fixture(autouse=True)
 def settings(monkeypatch):
     """What the bench sets in the scripts is put back."""
-    for name in ("chunk", "inner_length"):
+    for name in ("chunk", "inner_length", "common"):
         monkeypatch.setattr(mg, name, getattr(mg, name))
+    monkeypatch.setattr(mg, "inner_steps", 2)
+    monkeypatch.setattr(mg, "outer_batch", 4)
     for script in (self_ce, gb, mg):
         monkeypatch.setattr(script, "batch_size", 2)
 
