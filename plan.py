@@ -71,8 +71,8 @@ def kinds_of(rows):
 def plan():
     """Prints what steps of GPT-2's size cost, what limits them, and up to which model they fit a GPU."""
     large, single, (blocks, width) = kinds_of(ROWS), kinds_of(1), SIZES[0]
-    print(f"{blocks} blocks of {width}, {ROWS} x 1,024 of 50,257 tokens a GPU, bfloat16 autocast; nodes of {NODE} "
-          f"GPUs, each {ARITHMETIC / 1e12:.0f} TFLOP/s,\n{TRAFFIC / 1e12} TB/s from and to memory, "
+    print(f"{blocks} blocks of {width}, {ROWS} x 1,024 of 50,257 tokens a GPU, bfloat16 autocast; "
+          f"nodes of {NODE} GPUs,\neach {ARITHMETIC / 1e12:.0f} TFLOP/s, {TRAFFIC / 1e12} TB/s from and to memory, "
           f"{NVLINK / 1e9:.0f} GB/s inside a node, {NETWORK / 1e9:.0f} GB/s between nodes", flush=True)
     wanted = {name: spread(task, blocks, inner) for name, (task, inner) in large.items()}
     for name, (task, inner) in single.items():
