@@ -70,7 +70,10 @@ def kinds_of(rows):
 
 def plan():
     """Prints what steps of GPT-2's size cost, what limits them, and up to which model they fit a GPU."""
-    large, single, (blocks, _) = kinds_of(ROWS), kinds_of(1), SIZES[0]
+    large, single, (blocks, width) = kinds_of(ROWS), kinds_of(1), SIZES[0]
+    print(f"{blocks} blocks of {width}, {ROWS} x 1,024 of 50,257 tokens a GPU, bfloat16 autocast; "
+          f"nodes of {NODE} GPUs,\neach {ARITHMETIC / 1e12:.0f} TFLOP/s, {TRAFFIC / 1e12} TB/s from and to memory, "
+          f"{NVLINK / 1e9:.0f} GB/s inside a node, {NETWORK / 1e9:.0f} GB/s between nodes", flush=True)
     wanted = {name: spread(task, blocks, inner) for name, (task, inner) in large.items()}
     for name, (task, inner) in single.items():
         for depth, width in SIZES[:2 if inner > 1 else None]:  # further on 15 do not fit either
@@ -86,10 +89,9 @@ def plan():
     print_cost({name: (max(1, 2 * inner), found[name]) for name, (_, inner) in large.items()})
     for name, (task, sum_) in whole.items():
         flops, moved, peak, averaged = 100 * np.abs(counted[task] / total(sum_) - 1)
-        print(f"by differences, and in full: {name}: {max(flops, moved, averaged):.2f} % apart, peak {peak:.2f} %")
-    print("\nThe pool of stage 3, 48 bytes a weight, is left out: it goes where there is room. A peak by differences"
-          " is at least so high.")
-    print(f"{'peak GB, 1 x 1,024 of text a GPU':<34}" + "".join(f"{f'{d} x {w}':>11}" for d, w in SIZES))
+        print(f"{name}: in full {max(flops, moved, averaged):.2f} % from this, peak {peak:.2f} %")
+    print("\nthe pool of stage 3 is left out: it goes where there is room, and takes 48 bytes a weight\n"
+          f"{'peak GB, 1 x 1,024 of text a GPU':<34}" + "".join(f"{f'{d} x {w}':>11}" for d, w in SIZES))
     for name in single:
         peaks = {(d, w): found[name, d][2] for d, w in SIZES if (name, d) in found}
         fits = [f"{d} x {w}" for (d, w), peak in peaks.items() if peak < ROOM]
@@ -98,7 +100,7 @@ def plan():
 
 
 def print_cost(found):
-    """Prints counts, {name: (real steps with as many tokens, count)}, and the least time they take."""
+    """Prints counts, {name: (real steps of as many tokens, count)}, and the least time they take."""
     print(f"\n{'a GPU and step':<34}{'TFLOP':>9}{'x real':>8}{'GB moved':>10}{'averaged':>10}{'peak':>8}")
     for name, (many, (flops, moved, peak, averaged)) in found.items():
         ratio = flops / found[name[:7] + ", real"][1][0] / many

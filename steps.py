@@ -20,9 +20,9 @@ class Alone:
 
     average: of a list of tensors over ranks, in place.
     """
-    arm, rank, ranks, corpus, snapshot, device = "frozen", 0, 1, None, None, torch.device("cpu")
+    corpus = snapshot = None
     take_step, judge = Phases.take_step, lambda self: self.parts["critic"]
-    mean = lambda self, value: 0.0  # waits for no device
+    mean = lambda self, value: 0.0  # a fake has no value
 
     def __init__(self, script, average, **parts):
         self.run, self.settings, self.average, self.parts, self.tally = self, vars(script), average, parts, {}
@@ -108,8 +108,8 @@ def critic_3():
 
 
 class Shelf:
-    """What a pool.Pool does, with learners that are the pretrained one and take no memory here: a run has them
-    in the host's where the device has no room."""
+    """What a pool.Pool does, with learners that are the pretrained one and take no memory here: a run has
+    them in the host's where the device has no room."""
 
     def take(self, turn, parts, mover):
         for name, part in mover.items():

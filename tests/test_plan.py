@@ -99,7 +99,7 @@ def test_the_plan_finds_what_is_linear_in_blocks_and_inner_steps(monkeypatch, ca
     monkeypatch.setattr(plan, "counts", lambda tasks: {task: counted(task) for task in tasks})
     plan.plan()
     out = capsys.readouterr().out
-    assert out.count(": 0.00 % apart, peak 0.00 %") == 4
+    assert out.count("in full 0.00 % from this, peak 0.00 %") == 4
     row = next(line for line in out.splitlines() if line.startswith("stage 1, frozen"))
     assert row.split()[3:] == ["96.00", "1.00", "0.1", "0.10", "0.7"]
     assert "48 x 1600" in next(line for line in out.splitlines()[::-1] if line.startswith("stage 1, real"))
