@@ -28,6 +28,7 @@ from checkpoints import FORMAT, NEWEST, Writer, copied, read_checkpoint, run_of,
 from configurator import check_common, configure, defaults_of, keep_saved, refuse, taken_from
 from locks import lock
 from progress import Progress
+from ranks import meet, watch_refusals
 
 GROWING = ("log.jsonl", "samples.txt")  # resuming cuts them to their length at the checkpoint
 
@@ -72,6 +73,8 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
+        if self.ranks > 1:
+            watch_refusals()
         self.progress = Progress(self.device, self.first)
         self.say = self.progress.say
         self.say(f"{stage}: {self.device} ({reason}), {settings['dtype']}, rank 0 of {self.ranks}, "
@@ -133,7 +136,7 @@ class Run:
         The ranks meet here: whoever refused before did so alone, and in words.
         """
         if self.ranks > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            meet(self.rank, self.ranks, "nccl" if self.device.type == "cuda" else "gloo")
         self.together(lambda: self._take_folder(need_bytes))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
