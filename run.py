@@ -1,9 +1,10 @@
 """
 A configured run: device, ranks and their averages, run folder, checkpoints, log, progress.
 
-It leaves in out_dir: config.json, log.jsonl, samples.txt, summary.json, curves.png, ckpt.pt (all that it
-takes to go on), ends/<arm>.pt (the learner's weights after each arm), hacks/ (a report of each hack and each
-alarm), sources/ (the script that ran, and the modules of the project that it imported).
+It leaves in out_dir: config.json, log.jsonl, samples.txt, texts.jsonl (what was said at some evaluations),
+summary.json, curves.png, report.html (all of it on a page), ckpt.pt (all that it takes to go on),
+ends/<arm>.pt (the learner's weights after each arm), hacks/ (a report of each hack and each alarm), sources/
+(the script that ran, and the modules of the project that it imported).
 """
 import fcntl
 import json
@@ -23,7 +24,7 @@ import torch.distributed as dist
 from configurator import check_common, configure, keep_saved, refuse
 
 FORMAT = "metalearn-3"
-GROWING = ("log.jsonl", "samples.txt")  # resuming cuts them to their length at the checkpoint
+GROWING = ("log.jsonl", "samples.txt", "texts.jsonl")  # resuming cuts them to their length at the checkpoint
 
 
 def choose_device(name, dtype, local_rank):
@@ -57,7 +58,7 @@ class Run:
         self.dtype = getattr(torch, settings["dtype"])
         self.weight_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.out_dir, self.resumed = Path(settings["out_dir"]), None
-        self.log_file = self.samples_file = self.lock = self.wandb = None
+        self.log_file = self.samples_file = self.texts_file = self.lock = self.wandb = None
         self.stop_signal, self.shown_at, self.line = 0, 0.0, 0
         if self.device.type == "cuda":
             if self.local_rank >= torch.cuda.device_count():
@@ -112,7 +113,7 @@ class Run:
                 self.write_json("config.json", self.settings)  # first: it tells that the folder is a run's
                 if not self.resumed:
                     self._keep_sources()
-                self.log_file, self.samples_file = (
+                self.log_file, self.samples_file, self.texts_file = (
                     open(self.out_dir / name, "a", encoding="utf-8") for name in GROWING)
             except OSError as error:
                 refuse(f"out_dir={str(self.out_dir)!r} cannot be written to ({error.strerror}); name another")
@@ -246,6 +247,10 @@ class Run:
         """Appends text to samples.txt."""
         self._append(self.samples_file, text)
 
+    def keep_text(self, row):
+        """Appends a row to texts.jsonl."""
+        self._append(self.texts_file, json.dumps(row) + "\n")
+
     def _append(self, file, text):
         if self.first:
             try:
@@ -259,8 +264,8 @@ class Run:
         stems = [path.stem for path in (self.out_dir / "hacks").glob("*.md")]
         return max((int(stem) for stem in stems if stem.isdecimal()), default=0)
 
-    def finish(self, summary, draw):
-        """Writes summary.json and the picture that draw([folder]) makes, shows both to wandb, and ends."""
+    def finish(self, summary, draw, write_page=None):
+        """Writes summary.json, the picture of draw([folder]) and the page of write_page(folder), and ends."""
         self.write_json("summary.json", summary)
         picture = None
         if self.first:
@@ -269,6 +274,11 @@ class Run:
                 self.say(f"drawn in {picture}")
             except Exception as error:  # the run is done and written: a picture may not undo that
                 self.say(f"no picture was drawn ({type(error).__name__}); try python plot.py {self.out_dir}")
+        if self.first and write_page:
+            try:
+                self.say(f"all of it on a page: {write_page(self.out_dir)}")
+            except (Exception, SystemExit) as error:  # nor may a page
+                self.say(f"no page was written ({type(error).__name__}); try python page.py {self.out_dir}")
         if self.wandb and summary["arms"]:
             import wandb
             columns = [k for k, v in next(iter(summary["arms"].values())).items() if not isinstance(v, list)]
@@ -341,7 +351,7 @@ class Run:
     def close(self):
         if self.wandb:
             self.wandb.finish()
-        for f in filter(None, (self.log_file, self.samples_file, self.lock)):
+        for f in filter(None, (self.log_file, self.samples_file, self.texts_file, self.lock)):
             f.close()
         if self.ranks > 1:
             dist.barrier()
