@@ -5,9 +5,9 @@ import html
 import math
 
 LEFT, RIGHT, TOP, BOTTOM, WIDE, HIGH = 38, 290, 10, 178, 370, 200  # of a chart; names stand right of it
-DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2")  # by which curves are told apart, beside colours and names
-POINTS = 300                                   # of a curve, at most
-APART = 11                                     # between two names
+DASHES = ("none", "7 3", "2 3", "9 3 2 3", "4 2")  # by which curves are told apart, beside colour and name
+POINTS = 300  # of a curve, at most
+APART = 11    # between two names
 # Once in a page: what curves are cut at.
 FRAME = (f'<svg class="nothing"><clipPath id="frame"><rect x="{LEFT}" y="{TOP}" width="{RIGHT - LEFT}" '
          f'height="{BOTTOM - TOP}"/></clipPath></svg>')
@@ -21,25 +21,27 @@ def ticks(low, high):
 
 
 def chart(title, curves, limits=None, marks=()):
-    """A figure, HTML. curves: {name: (colour, [(x, y)])}. limits: of y; a curve may leave through the top,
-    marked ▲. marks: [(name, x, sign)], signs on curves."""
-    ys = [y for _, points in curves.values() for _, y in points]
+    """A figure, HTML. curves: {name: (colour, dash, [(x, y)])}. limits: of y; a curve may leave through the
+    top, marked ▲. marks: [(name, x, sign)], signs on curves."""
+    ys = [y for *_, points in curves.values() for _, y in points]
     low, high = limits or (min(ys), max(ys))
     low, high = (low, high) if high - low > 1e-6 else (low - 0.5, high + 0.5)
-    last = max(1, *(points[-1][0] for _, points in curves.values()))
+    last = max(1, *(points[-1][0] for *_, points in curves.values()))
     across = lambda x: f"{LEFT + (RIGHT - LEFT) * x / last:.1f}"
     up = lambda y: BOTTOM - (BOTTOM - TOP) * (y - low) / (high - low)
     parts, names = axes(low, high, last, across, up), []
-    for i, (name, (colour, points)) in enumerate(curves.items()):
+    for name, (colour, dash, points) in curves.items():
         thin = points[::math.ceil(len(points) / POINTS)] + points[-1:]
         line = " ".join(f"{across(x)},{up(y):.1f}" for x, y in thin)
         parts.append(f'<polyline class="curve" clip-path="url(#frame)" stroke="{colour}" '
-                     f'stroke-dasharray="{DASHES[i % len(DASHES)]}" points="{line}"/>')
+                     f'stroke-dasharray="{dash}" points="{line}"/>')
         value, fill = dict(points), f'style="fill: {colour}"'
+        middle = f'text-anchor="middle" {fill}'
         signs = [(x, sign) for n, x, sign in marks if n == name and value.get(x, high + 1) <= high]
-        signs += [(x, "▲") for x, y in points if y > high][:1]
-        parts += [text("mark", across(x), up(min(value[x], high)) + 4, sign, f'text-anchor="middle" {fill}')
-                  for x, sign in signs]
+        parts += [text("mark", across(x), up(value[x]) + 4, sign, middle) for x, sign in signs]
+        out = [x + (a - x) * (high - y) / (b - y)  # where the curve crosses the top
+               for (x, y), (a, b) in zip(points, points[1:]) if y <= high < b]
+        parts += [text("mark", across(x), TOP + 4, "▲", middle) for x in out[:1]]
         names.append((up(min(max(points[-1][1], low), high)), name + " ▲" * (points[-1][1] > high), fill))
     names.sort()
     at = TOP - APART

@@ -7,6 +7,7 @@ One file, for a phone too, that needs nothing from elsewhere; its frame is page.
 its own.
 """
 import html
+import itertools
 import json
 import os
 import shlex
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from chart import FRAME, chart
+from chart import DASHES, FRAME, chart
 from configurator import read_settings, refuse
 from hacks import reports, spell, texts_of
 from plot import colours, read_rows
@@ -29,8 +30,7 @@ from watch import arms_table, new_track, summarise, track_gold
 HERE = Path(__file__).parent
 FILES = "samples.txt", "curves.png", "log.jsonl", "summary.json", "config.json"
 STAGES = ("self_ce", "gist_bottleneck", "meta_gist")
-# What is drawn: of the arms a column each, of the meta phase columns together.
-ARMS = ("gold: held-out nats a token", "gold_nats"), ("proxy: the self-produced loss", "proxy")
+# Of the meta phase, columns that are drawn together.
 META = (("gold: held-out nats a token", ("gold_nats", "gold_full", "gold_none")),
         ("nats a token that a step takes off held-out text", ("gain", "gain_shuffled", "gain_real")),
         ("sharpness of signal and match", ("kappa", "kappa_a")), ("cosine of half a match", ("nu",)))
@@ -42,20 +42,17 @@ WORDS, NEAREST = 12, 4
 
 # ---- what there is
 
-def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def read(folder):
     """(stage, settings, rows of the log, arms as in the summary, whether the run is finished).
 
     The arms of a run without a summary are what the log has of them; alarms are those that were reported.
     """
+    read_json = lambda name: json.loads((folder / name).read_text(encoding="utf-8"))
     try:
-        settings, rows = read_json(folder / "config.json"), read_rows(folder)
+        settings, rows = read_json("config.json"), read_rows(folder)
         stage = rows[0]["stage"] if rows else next(s for s in STAGES if (folder / f"sources/{s}.py").exists())
         if (folder / "summary.json").exists():
-            return stage, settings, rows, read_json(folder / "summary.json")["arms"], True
+            return stage, settings, rows, read_json("summary.json")["arms"], True
     except (OSError, ValueError, KeyError, StopIteration) as error:
         refuse(f"{folder} is no run ({type(error).__name__}: it needs config.json and log.jsonl)")
     tracks = {row["arm"]: new_track() for row in rows if row["arm"] != "meta"}
@@ -65,17 +62,21 @@ def read(folder):
     for _, arm, step, cause, _ in reports(folder):
         if arm in tracks and cause != "gold rose":
             tracks[arm]["alarms"].append(step)
-    return stage, settings, rows, summarise(tracks, settings["self_steps"]), False
+    arms = summarise(tracks, settings["self_steps"])
+    for row in rows[-1:]:
+        if row["arm"] in arms and row["step"] < settings["self_steps"]:
+            arms[row["arm"]]["recovered"] = None  # it is a share at equal steps
+    return stage, settings, rows, arms, False
 
 
 def command(folder, stage, settings):
-    """The command line that repeats a run: its script, and what is not as by default there."""
+    """The command line that repeats a run, as words: its script, and what is not as by default there."""
     kept = folder / f"sources/{stage}.py"
     known = read_settings(kept if kept.exists() else HERE / f"{stage}.py")
     plain = lambda value: str(value).lower() if isinstance(value, bool) else str(value)
     changed = [f"--{name}={plain(settings[name])}" for name, (_, default, *_) in known.items()
                if name in settings and settings[name] != default]
-    return shlex.join(["python", f"{stage}.py", *changed])
+    return ["python", f"{stage}.py", *map(shlex.quote, changed)]
 
 
 # ---- what came of it
@@ -123,16 +124,21 @@ def points(rows, arm, column):
 def charts(rows, arms):
     """The figures of a run: of its arms, then of its meta phase."""
     from matplotlib.colors import to_hex
-    paint = {arm: to_hex(colour).replace("#000000", "currentColor") for arm, colour in colours(arms).items()}
+    dashes, colour = itertools.cycle(DASHES), colours(arms)
+    paint = {arm: (to_hex(colour[arm]).replace("#000000", "currentColor"), next(dashes)) for arm in arms}
     marks = [(arm, a["steps_to_hack"], "✕") for arm, a in arms.items()]
     marks += [(arm, step, "△") for arm, a in arms.items() for step in a["alarms"][:1]]
     drawn = []
-    for title, column in ARMS:
-        curves = {arm: (paint[arm], found) for arm in arms if (found := points(rows, arm, column))}
-        if curves:
-            drawn.append(chart(title, curves, gold_range(curves) if column == "gold_nats" else None, marks))
+    gold = {arm: (*paint[arm], points(rows, arm, "gold_nats")) for arm in arms}
+    if arms:
+        drawn.append(chart("gold: held-out nats a token", gold, gold_range(gold), marks))
+    own = {arm: (*paint[arm], found) for arm in arms if (found := points(rows, arm, "proxy"))
+           and not [r for r in rows if r["arm"] == arm][1]["real_targets"]}  # of others it is no own loss
+    if own:
+        drawn.append(chart("proxy: the self-produced loss", own, marks=marks))
     for title, names in META:
-        curves = {name: ("currentColor", found) for name in names if (found := points(rows, "meta", name))}
+        curves = {name: ("currentColor", dash, found) for name, dash in zip(names, DASHES)
+                  if (found := points(rows, "meta", name))}
         if curves:
             drawn.append(chart("meta phase: " + title, curves))
     return (f'{FRAME}<div class="charts">{"".join(drawn)}</div>'
@@ -141,28 +147,16 @@ def charts(rows, arms):
 
 def gold_range(curves):
     """Limits that show what the arms can gain, and a little of what they lose."""
-    start = max(points[0][1] for _, points in curves.values())
-    best, worst = (pick(y for _, points in curves.values() for _, y in points) for pick in (min, max))
+    start = max(points[0][1] for *_, points in curves.values())
+    best, worst = (pick(y for *_, points in curves.values() for _, y in points) for pick in (min, max))
     room = max(0.05, start - best)
     return best - 0.1 * room, min(start + 1.2 * room, worst + 0.1 * room)
 
 
-# ---- what was said, and what is near what
-
-def texts_html(texts):
-    """A slider for each arm; the script of page.html shows what is said there."""
-    keys = dict(same="the observation", own="the own output", other="neither", none="∅, none")
-    legend = ", ".join(f'<span class="key {kind}">{told}</span>' for kind, told in keys.items())
-    slider = ('<section data-arm="{0}"><h3>{0}</h3><div class="slide"><input type="range" min="0" max="{1}" '
-              'value="{1}" aria-label="evaluation of {0}"><output></output></div><div class="text"></div>'
-              "</section>")
-    return ('<p class="dim">Text to come, in three lines: what the learner finds likeliest after the true '
-            "tokens before, the observation, and the target, which the critic makes of both. The target is "
-            f"{legend}.</p>" + "".join(slider.format(arm, len(said) - 1) for arm, said in texts.items()))
-
+# ---- what is near what
 
 def nearest(E, chosen):
-    """(cosines, ids), [n, NEAREST] both: the vectors of E [V, C] nearest to n chosen ones, themselves apart."""
+    """(cosines, ids), [n, NEAREST] both: vectors of E [V, C] nearest to n chosen ones, themselves apart."""
     unit = F.normalize(E.float(), dim=-1)
     cos = unit[chosen] @ unit.T
     return cos.scatter_(1, torch.tensor(chosen)[:, None], -1).topk(NEAREST)
@@ -181,7 +175,8 @@ def neighbours(state, corpus):
     known = [i for i in counts.argsort()[::-1].tolist() if counts[i]]  # the commonest first
     chosen = [k for k, i in enumerate(known) if any(c.isalnum() for c in name(i))][:WORDS]
     cos, ids = nearest(E[known], chosen)
-    near = [", ".join(f"{name(known[k])} {c:.2f}" for c, k in zip(*row)) for row in zip(cos.tolist(), ids.tolist())]
+    near = [", ".join(f"{name(known[k])} {c:.2f}" for c, k in zip(*row))
+            for row in zip(cos.tolist(), ids.tolist())]
     dice = torch.Generator().manual_seed(0)
     chance = nearest(torch.randn(len(known), E.size(1), generator=dice), chosen)[0][:, 0].mean()
     return (f'<p class="dim">Embeddings of the {whose}, and cosines. Of as many random vectors, as wide, the '
@@ -220,17 +215,14 @@ def write_page(folder):
     texts, near = looked_up(folder, stage, settings)
     told = "".join(f"<li><b>{name}</b>: {verdict(name, arms)}</li>" for name in arms)
     found = [(Path(f"hacks/{name}.md"), *more) for name, *more in reports(folder)]
-    sections = {"What came of it": f"<ul>{told}</ul><pre>{html.escape(arms_table(arms))}</pre>",
-                "Curves": charts(rows, arms) if rows else "", "Texts": texts_html(texts) if texts else "",
-                "Neighbours of common tokens": near,
-                "Hacks and alarms": found and table(("report", "arm", "step", "why", "verdict"), found),
-                "Files": ", ".join(f'<a href="{name}">{name}</a>' for name in FILES if (folder / name).exists())}
-    body = "".join(f"<h2>{title}</h2>{text or '<p>None.</p>'}" for title, text in sections.items())
     page = Template((HERE / "page.html").read_text(encoding="utf-8")).substitute(
-        title=html.escape(f"{stage}: {folder.resolve().name}"), body=body,
-        command=html.escape(command(folder, stage, settings)),
+        title=html.escape(f"{stage}: {folder.resolve().name}"),
         state=html.escape(standing(folder, stage, settings, rows, done)),
-        texts=json.dumps(texts).replace("<", "\\u003c"))
+        command=" ".join(f"<span>{html.escape(word)}</span>" for word in command(folder, stage, settings)),
+        verdicts=f"<ul>{told}</ul><pre>{html.escape(arms_table(arms))}</pre>" if arms else "<p>None yet.</p>",
+        charts=charts(rows, arms), near=near, texts=json.dumps(texts).replace("<", "\\u003c"),
+        hacks=table(("report", "arm", "step", "why", "verdict"), found) if found else "<p>None.</p>",
+        files=", ".join(f'<a href="{name}">{name}</a>' for name in FILES if (folder / name).exists()))
     tmp = folder / ".report.html.tmp"
     tmp.write_text(page, encoding="utf-8")
     os.replace(tmp, folder / "report.html")

@@ -214,7 +214,8 @@ def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_
     assert summary(whole)["arms"]["ema"]["rescues"][0] > 8  # after the kill
     files = [{p.name for p in (out / "hacks").iterdir()} for out in (broken, whole)]
     assert files[0] == files[1] and "001.md" in files[0]
-    assert (broken / "samples.txt").read_text() == (whole / "samples.txt").read_text()
+    for name in ("samples.txt", "texts.jsonl", "hacks/index.md"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
     ends = [torch.load(out / "ckpt.pt", weights_only=True) for out in (broken, whole)]
     for part in ("learner", "critic"):
         assert all(torch.equal(p, ends[1][part][n]) for n, p in ends[0][part].items())
@@ -283,13 +284,14 @@ def test_the_defaults_run_on_the_plays_and_leave_what_the_readme_says(tmp_path, 
     in_process(monkeypatch, "self_ce.py", "--meta_steps=20", "--self_steps=5", "--eval_windows=16",
                f"--out_dir={out}")
     assert {p.name for p in out.iterdir() if not p.name.startswith(".")} == {
-        "config.json", "log.jsonl", "samples.txt", "summary.json", "curves.png", "ckpt.pt", "ends", "sources"}
+        "config.json", "log.jsonl", "samples.txt", "texts.jsonl", "summary.json", "curves.png", "report.html",
+        "ckpt.pt", "ends", "sources"}
     arms, printed = summary(out)["arms"], capsys.readouterr().out
     assert list(arms) == ["real", "self", "frozen", "ema", "shuffled", "sharpen"]
     assert arms["real"]["recovered"] == 1 and summary(out)["bpb_meta_end"] < 4.5
     assert all(name in printed for name in ("hacked at", "sharpen", "bits/byte", "tokens/s", "drawn in"))
     samples = (out / "samples.txt").read_text()
-    assert samples.count("==== after") == samples.count("target  ") == 7
+    assert samples.count("==== after") == 7 and samples.count("output  ") == samples.count("target  ")
     assert {"self_ce.py", "phases.py", "model.py"} <= {p.name for p in (out / "sources").iterdir()}
 
 
