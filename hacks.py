@@ -14,7 +14,8 @@ from plot import draw_report, read_rows
 SAID = ("output", "observation", "target")
 CONTROL = {**{i: 0x2400 + i for i in range(32)}, 10: "⏎", 127: "␡"}  # a terminal or a page would obey them
 LONGEST_CHARACTER = 4  # bytes, in UTF-8
-TEXTS, LONGEST_TEXT = 10, 64  # of an arm, beside those of its start and end, in texts.jsonl; tokens of each
+TEXTS, APART = 10, 75  # in texts.jsonl: a tenth of an arm apart, and at least so many steps
+LONGEST_TEXT = 64      # tokens there
 LINE = 100             # characters of a line in samples.txt, unless one column is longer
 HEAD = """\
 Text to come, which nothing has learned from, a column for each token; ⏎ is a line break.
@@ -94,10 +95,10 @@ def texts_of(folder, encoding):
 
 
 def keep_texts(phases, n):
-    """Appends what is said at step phases.step of n to texts.jsonl: a dozen times an arm, for it costs a
-    reading by learner and critic each time."""
-    every = phases.settings["eval_interval"]
-    every *= max(1, math.ceil(n / TEXTS / every))
+    """Appends what is said at step phases.step of n to texts.jsonl, at some of the evaluations of an arm: it
+    costs one to two steps."""
+    interval = phases.settings["eval_interval"]
+    every = interval * math.ceil(max(n / TEXTS, APART) / interval)
     if phases.arm != "meta" and (phases.step % every == 0 or phases.step == n):
         *said, _ = phases.ask(phases.parts["learner"], phases.judge())
         own, obs, target = (ids[:LONGEST_TEXT] for ids in said)

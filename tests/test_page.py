@@ -81,8 +81,8 @@ def test_the_page_of_a_run_is_whole_and_loads_nothing(runs, stage):
         assert told in found.text, told
     assert "kappa" in found.text or stage != "meta_gist"
     texts = json.loads(re.search(r'id="texts">(.*?)</script>', text)[1])
-    assert list(texts) == ["real", "frozen"] and all(said[0]["step"] == 0 and len(said) > 2
-                                                     for said in texts.values())
+    assert list(texts) == ["real", "frozen"]
+    assert all([said["step"] for said in both] in ([0, 4], [0, 6], [0, 12]) for both in texts.values())
     assert (runs[stage] / "samples.txt").read_text(encoding="utf-8").startswith("Text to come")
 
 
@@ -165,7 +165,8 @@ def test_a_phone_shows_it_without_sideways_scrolling_or_errors(runs, tmp_path):
     body = "".join(FRAME.format(html.escape(text)) for text in pages) + TELL
     frames.write_text(f'<body style="margin: 0; display: flex">{body}', encoding="utf-8")
     options = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-               "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1140,1000", f"--screenshot={picture}")
+               "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}",
+               "--window-size=1140,1000", f"--screenshot={picture}")
     done = subprocess.run([browser, *options, frames.as_uri()], capture_output=True, timeout=60)
     told = re.findall(r'CONSOLE.*?"(.*)", source', done.stderr.decode("utf-8", "replace"))
     assert told == ["BEYOND 0 FIRST step 0"] * 3
