@@ -136,8 +136,9 @@ def caveats(judged, earlier):
     """
     told, last = [], earlier[-1] if earlier else None
     if judged["then", "then"] < 0.5:
-        told.append(f"Even the snapshot's critic names the truth in only {judged['then', 'then']:.2f} of the "
-                    "places on the snapshot's outputs: a verdict on so poor a judge says little.")
+        told.append("Even the snapshot's critic, on the snapshot's outputs, names the truth in only "
+                    f"{judged['then', 'then']:.2f} of the places: it has learned little, or reads something "
+                    "else in this arm. A verdict on it says little.")
     before = {tuple(pair.split(" on ")): value for pair, value in last["judged"].items()} if last else judged
     if verdict(before) != verdict(judged):
         was, now = lacks(before), lacks(judged)

@@ -224,7 +224,7 @@ def write_page(folder):
         hacks=table(("report", "arm", "step", "why", "verdict"), found) if found else "<p>None.</p>",
         files=", ".join(f'<a href="{name}">{name}</a>' for name in FILES if (folder / name).exists()))
     tmp = folder / ".report.html.tmp"
-    tmp.write_text(page, encoding="utf-8")
+    tmp.write_text(page, encoding="utf-8", errors="surrogateescape")  # as names of files are in some locales
     os.replace(tmp, folder / "report.html")
     return folder / "report.html"
 

@@ -174,7 +174,8 @@ def draw_runs(folders):
         left.set_ylabel("gold: held-out nats a token")
         draw(right, group, "proxy", colour)
         right.set_ylabel("proxy: the self-produced loss")
-        left.set_title(key or group[0][0]["stage"], fontsize=9)
+        title = (key or group[0][0]["stage"]).encode("utf-8", "replace").decode("utf-8")
+        left.set_title(title, fontsize=9, parse_math=False)  # a name of a file may hold anything
         right.set_title("x hack   ▲ first alarm   | rescue", fontsize=9)
         left.legend(fontsize=8, ncol=2)
     figure.tight_layout()

@@ -417,6 +417,8 @@ def open_run(scope):
 
     With `resume`, the settings of the resumed run stand; a different one on the command line is refused.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+        sys.stdout.reconfigure(errors="replace")  # so that no locale ends a run at a letter that it lacks
     settings, given = configure(scope)
     stage, folder = Path(scope["__file__"]).stem, settings["resume"]
     if folder:
