@@ -22,10 +22,10 @@ from planted import true_classes
 from probe import share_alike
 
 PRETRAIN, TOKENS, OUT = 30, 40_000, ROOT / "results/stage-3-classes.svg"
-SETTINGS = (f"--dataset=planted-synonyms --vocab=64 --train_tokens={TOKENS} --pretrain={PRETRAIN} --chunk=1 "
-            "--meta_steps=430 --kappa=1 --inner_steps=1 --inner_length=0.05 --scalar_rate=0.03 --batch_size=64 "
-            "--outer_batch=256 --critic_rate=0.2 --n_layer=1 --n_head=2 --block_size=16 --learning_rate=3e-3 "
-            "--warmup=10 --eval_interval=10 --eval_windows=64 --arms= --out_dir=out/classes")
+SETTINGS = (f"--dataset=planted-synonyms --vocab=64 --train_tokens={TOKENS} --pretrain={PRETRAIN} "
+            "--meta_steps=430 --kappa=1 --inner_steps=1 --inner_length=0.05 --scalar_rate=0.03 --chunk=1 "
+            "--batch_size=64 --outer_batch=256 --critic_rate=0.2 --n_layer=1 --n_head=2 --block_size=16 "
+            "--learning_rate=3e-3 --warmup=10 --eval_interval=10 --arms= --out_dir=out/classes")
 SECONDS, SIZE, BELOW, EDGE = 12, 360, 90, 14  # of a round; pixels of the square, below it, around it
 
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import test_phases
 from chart import chart, ticks
 from conftest import in_process
 from page import command, read, verdict, write_page
+from run import Run
 
 SETTINGS = {"self_ce": [*test_phases.SMALL, "--arms=real,frozen"],
             "gist_bottleneck": [*test_gist_bottleneck.SMALL, "--arms=real,frozen"],
@@ -128,6 +130,19 @@ def test_an_interrupted_run_has_a_page_of_what_there_is(runs, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         write_page(tmp_path)
     assert stop.value.code == 2 and "is no run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("nothing"), SystemExit(2)])
+def test_a_page_that_cannot_be_written_costs_a_line_and_not_the_run(tmp_path, error):
+    told = []
+
+    def write(folder):
+        raise error
+    run = SimpleNamespace(first=True, out_dir=tmp_path, wandb=None, say=told.append,
+                          write_json=lambda *a: told.append("summary"), close=lambda: told.append("closed"))
+    Run.finish(run, dict(arms={}), lambda folders: ("curves.png", ""), write)
+    assert told[0] == "summary" and told[-1] == "closed" and len(told) == 4
+    assert told[2] == f"no page was written ({type(error).__name__}); try python page.py {tmp_path}"
 
 
 def test_a_verdict_names_its_control():
