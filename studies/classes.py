@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the project's modules
@@ -48,9 +47,10 @@ def animated(tag, fixed, **moving):
     """An SVG element whose attributes `moving` take these values in turn; the last stay for a quarter."""
     times = ";".join(f"{t:.3f}" for t in [*np.linspace(0, 0.75, len([*moving.values()][0])), 1])
     often = f'dur="{SECONDS}s" repeatCount="indefinite" keyTimes="{times}"'
-    values = lambda of: ";".join(f"{v:.1f}" for v in [*of, of[-1]])
-    moves = [f'<animate attributeName="{k}" values="{values(v)}" {often}/>' for k, v in moving.items()]
-    return f"<{tag} {fixed}>{''.join(moves)}</{tag}>"
+    told = {name: [f"{v:.1f}" for v in values] for name, values in moving.items()}
+    last = " ".join(f'{name}="{v[-1]}"' for name, v in told.items())  # for what shows no animation
+    moves = [f'<animate attributeName="{k}" values="{";".join(v)};{v[-1]}" {often}/>' for k, v in told.items()]
+    return f"<{tag} {fixed} {last}>{''.join(moves)}</{tag}>"
 
 
 def picture(steps, points, classes, shares):
@@ -76,7 +76,7 @@ def picture(steps, points, classes, shares):
 
 def main():
     steps, E, corpus = meta_phase()
-    classes, unit = true_classes(corpus), F.normalize(torch.stack(E), dim=-1)
+    classes, unit = true_classes(corpus), torch.nn.functional.normalize(torch.stack(E), dim=-1)
     often = np.bincount(corpus.train[:TOKENS], minlength=len(classes))
     shares, unit = [share_alike(e, classes, often) for e in E], unit - unit[-1].mean(0)
     flat = unit @ torch.linalg.svd(unit[-1])[2][:2].T

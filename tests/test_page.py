@@ -132,7 +132,7 @@ def test_an_interrupted_run_has_a_page_of_what_there_is(runs, tmp_path, capsys):
     assert stop.value.code == 2 and "is no run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("nothing"), SystemExit(2)])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError(), SystemExit(2)])
 def test_a_page_that_cannot_be_written_costs_a_line_and_not_the_run(tmp_path, error):
     told = []
 
