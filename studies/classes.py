@@ -46,10 +46,10 @@ def meta_phase():
 def animated(tag, fixed, **moving):
     """An SVG element whose attributes `moving` take these values in turn; the last stay for a quarter."""
     times = ";".join(f"{t:.3f}" for t in [*np.linspace(0, 0.75, len([*moving.values()][0])), 1])
-    often = f'dur="{SECONDS}s" repeatCount="indefinite" keyTimes="{times}"'
+    pace = f'dur="{SECONDS}s" repeatCount="indefinite" keyTimes="{times}"'
     told = {name: [f"{v:.1f}" for v in values] for name, values in moving.items()}
     last = " ".join(f'{name}="{v[-1]}"' for name, v in told.items())  # for what shows no animation
-    moves = [f'<animate attributeName="{k}" values="{";".join(v)};{v[-1]}" {often}/>' for k, v in told.items()]
+    moves = (f'<animate attributeName="{k}" values="{";".join(v)};{v[-1]}" {pace}/>' for k, v in told.items())
     return f"<{tag} {fixed} {last}>{''.join(moves)}</{tag}>"
 
 
