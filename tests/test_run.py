@@ -198,11 +198,13 @@ def test_a_resumed_run_is_where_the_checkpoint_was_and_takes_back_what_came_afte
     hacks.mkdir()
     run.log(dict(arm="meta", step=0))
     run.sample("ein Text → ok\n")
+    run.keep_text(dict(step=0))
     (hacks / "001.md").write_text("kept")
     (hacks / "notes.md").write_text("mine")
     run.checkpoint(2, dict(AT, arm="real"), dict(loss=torch.tensor([3.0])), dict(net=parts["net"]))
     run.log(dict(arm="meta", step=1))
     run.sample("gone")
+    run.keep_text(dict(step=1))
     for name in ("002.md", "002.png", ".001.md.tmp", "notes.txt"):
         (hacks / name).write_text("after")
     run.close()
@@ -217,6 +219,7 @@ def test_a_resumed_run_is_where_the_checkpoint_was_and_takes_back_what_came_afte
     run.open(0)
     assert (run.out_dir / "log.jsonl").read_text().count("\n") == 1
     assert (run.out_dir / "samples.txt").read_text(encoding="utf-8") == "ein Text → ok\n"
+    assert (run.out_dir / "texts.jsonl").read_text() == '{"step": 0}\n'
     assert {p.name for p in hacks.iterdir()} == {"001.md", "notes.md", "notes.txt"} and run.last_report() == 1
     run.close()
     (run.out_dir / "samples.txt").unlink()
