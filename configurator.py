@@ -93,7 +93,7 @@ def parse_value(name, text, default, choices):
     try:
         value = ast.literal_eval(text)
         fits = not isinstance(value, bool) and math.isfinite(value) and (not whole or value == int(value))
-        fits = fits and abs(value) < 2**63
+        fits = fits and (not whole or abs(value) < 2**63)
     except (ValueError, SyntaxError, TypeError, OverflowError):  # no literal, no number, or beyond any float
         fits = False
     if not fits:

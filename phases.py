@@ -17,7 +17,8 @@ import torch
 from checkpoints import read_meta_phase
 from configurator import SELF_PHASE, refuse_if
 from corpus import corpus_id, get_batch, val_windows
-from hacks import marked, write_report
+from hacks import HEAD, aligned, keep_texts, write_report
+from page import write_page
 from plot import draw_runs
 from prepare_data import prepare
 from watch import MEMORY, STREAMS, Gold, Watch, arms_table, make_row, new_track, summarise, track_gold
@@ -137,11 +138,11 @@ class Phases:
                 self.step = 0
                 self.at.update(arm=arm, step=0, track=new_track(), real_targets=0)
                 if not self.at["arms"]:
-                    self.sample("the meta phase")
+                    self.sample(f"{HEAD}==== after the meta phase")
             yield arm
             self.at["arms"][arm] = self.at["track"]
             self.run.keep_end(arm, self.parts["learner"])
-            self.sample(arm)
+            self.sample(f"==== after {arm}")
         self.at["arm"] = "done"
 
     def steps(self, n):
@@ -170,6 +171,7 @@ class Phases:
         self.row, stream = make_row(self.run, self.arm, step, self.tally, gold, lr, more)
         self.run.log(self.row)
         self.run.progress.show(self.row, n)
+        keep_texts(self, n)
         hacked = track_gold(track, self.row)
         if self.arm == "meta" and stream is not None:
             self.at["streams"] = torch.cat((self.at["streams"], stream))
@@ -210,12 +212,10 @@ class Phases:
         return found
 
     @torch.no_grad()
-    def sample(self, after):
+    def sample(self, head):
         """samples.txt: what the learner says to the text to come, and what the critic makes of it."""
-        own, seen, target, _ = self.told(self.parts["learner"], self.judge())
-        show = lambda ids: marked(self.corpus.encoding, ids, seen)
-        self.run.sample(f"==== after {after}\nown output   {show(own)}\nobservation  {show(seen)}\n"
-                        f"target       {show(target)}\n\n")
+        *said, _ = self.told(self.parts["learner"], self.judge())
+        self.run.append("samples.txt", f"{head}\n{aligned(self.corpus.encoding, said)}")
 
     @torch.no_grad()
     def report(self, why):
@@ -228,8 +228,7 @@ class Phases:
             *said, agreement = self.told(times[o]["learner"], times[c]["critic"])
             judged[c, o] = self.run.mean(agreement)
             texts |= {o: said} if c == o else {}
-        kept = write_report(self.run, self.row, why, self.watch.order(), judged, texts, self.corpus.encoding)
-        self.at["track"]["reports"].append(kept)
+        self.at["track"]["reports"].append(write_report(self, why, judged, texts))
 
     def finish(self, **found):
         """The last checkpoint, the table of the arms, and summary.json with what was `found` beside."""
@@ -240,4 +239,4 @@ class Phases:
             run.say(arms_table(arms))
         found |= dict(gold_meta_end=at["meta"]["gold_end"], bpb_meta_end=at["meta"]["bpb_end"], arms=arms)
         summary = dict(stage=run.stage, seed=s["seed"], config=s, meta_steps=s["meta_steps"], **found)
-        run.finish(summary, draw_runs)
+        run.finish(summary, draw_runs, write_page)

@@ -31,6 +31,12 @@ PANELS = (("gold_nats", "surprise", "proxy"), ("agreement", "agreement_probe", "
 # ----------------------------------------------------------------------------------------------
 # runs
 
+def read_rows(folder, name="log.jsonl"):
+    """The rows of a growing file in `folder`; one that a kill cut short, the last, is left out."""
+    lines = (Path(folder) / name).read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
 def interval(values, axis=0):
     """(mean, half width of the 95 % interval of the mean) over `axis`; the width is 0 for a single value."""
     values = np.asarray(values, dtype=float)
@@ -42,11 +48,9 @@ def interval(values, axis=0):
 
 def read_run(folder):
     """(summary, rows of the log) of a finished run; refuses a folder that is none."""
-    folder = Path(folder)
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        return summary, [json.loads(line) for line in lines]
+        summary = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
+        return summary, read_rows(folder)
     except (OSError, ValueError) as error:
         refuse(f"{folder} is no finished run ({type(error).__name__}: it needs summary.json and log.jsonl)")
 
@@ -170,7 +174,8 @@ def draw_runs(folders):
         left.set_ylabel("gold: held-out nats a token")
         draw(right, group, "proxy", colour)
         right.set_ylabel("proxy: the self-produced loss")
-        left.set_title(key or group[0][0]["stage"], fontsize=9)
+        title = (key or group[0][0]["stage"]).encode("utf-8", "replace").decode("utf-8")
+        left.set_title(title, fontsize=9, parse_math=False)  # a name of a file may hold anything
         right.set_title("x hack   ▲ first alarm   | rescue", fontsize=9)
         left.legend(fontsize=8, ncol=2)
     figure.tight_layout()
@@ -183,14 +188,16 @@ def draw_runs(folders):
 
 
 def draw_report(folder, row, path):
-    """The picture of a hack report, into `path`: the log of the row's arm so far, and a line at its step.
+    """The picture of a hack report, into `path`: the log of the row's arm so far, after as much of the meta
+    phase (left of 0), and a line at the row's step.
 
     Dots are drawn too, for a report may come after one row. A panel of which no row has a value is left out.
-    A picture that cannot be written costs a line, not the run.
     """
-    lines = (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [r for r in map(json.loads, lines) if r["arm"] == row["arm"] and r["step"] <= row["step"]]
-    curves = {name: [(r["step"], r[name]) for r in rows if r.get(name) is not None]
+    rows = read_rows(folder)
+    own = [r for r in rows if r["arm"] == row["arm"] and r["step"] <= row["step"]]
+    meta = [r for r in rows if r["arm"] == "meta"][-max(5, len(own)):]
+    placed = [(r["step"] - meta[-1]["step"], r) for r in meta] + [(r["step"], r) for r in own]
+    curves = {name: [(step, r[name]) for step, r in placed if r.get(name) is not None]
               for panel in PANELS for name in panel}
     panels = [[name for name in panel if curves[name]] for panel in PANELS]
     panels = [panel for panel in panels if panel]
@@ -199,18 +206,17 @@ def draw_report(folder, row, path):
     for axis, panel in zip(axes[0], panels):
         for name in panel:
             axis.plot(*zip(*curves[name]), ".-", label=name)
+        axis.axvline(0, color="0.7", lw=0.8, ls=":")
         axis.axvline(row["step"], color="0.7", lw=0.8)
         axis.legend(fontsize=7)
-        axis.set_xlabel("step")
+        axis.set_xlabel("step (meta phase before 0)")
     figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=100)
-    except OSError as error:
-        print(f"{path} could not be written ({error.strerror})", flush=True)
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
 def main():
+    sys.stdout.reconfigure(errors="replace")  # an encoding without ± gets a question mark
     folders = sys.argv[1:]
     if not folders or {"-h", "--help"} & set(folders):
         print(__doc__.strip())

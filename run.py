@@ -1,9 +1,9 @@
 """
 A configured run: device, ranks and their averages, run folder, log, stopping and going on.
 
-It leaves in out_dir: config.json, log.jsonl, samples.txt, summary.json, curves.png, checkpoints (see
-checkpoints.py), hacks/ (a report of each hack and each alarm), sources/ (the script that ran, and the modules
-of the project that it imported).
+It leaves in out_dir: report.html (all of it on a page), config.json, log.jsonl, samples.txt, texts.jsonl (what
+was said at some evaluations), summary.json, curves.png, checkpoints (see checkpoints.py), hacks/ (a report of
+each hack and each alarm), sources/ (the script that ran, and the modules of the project that it imported).
 """
 import datetime
 import hashlib
@@ -30,7 +30,7 @@ from locks import lock
 from progress import Progress
 from ranks import meet, watch_refusals
 
-GROWING = ("log.jsonl", "samples.txt")  # resuming cuts them to their length at the checkpoint
+GROWING = ("log.jsonl", "samples.txt", "texts.jsonl")  # resuming cuts them to their length at the checkpoint
 
 
 def choose_device(name, dtype, local_rank):
@@ -68,8 +68,8 @@ class Run:
         self.dtype = getattr(torch, settings["dtype"])
         self.weight_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.out_dir, self.resumed, self.began = Path(settings["out_dir"]), resumed, time.time()
-        self.log_file = self.samples_file = self.lock = self.tracker = self.writer = None
-        self.stop_signal, self.ask_every, self.hashes, self.spent = 0, 1, {}, 0.0
+        self.lock = self.tracker = self.writer = None
+        self.stop_signal, self.ask_every, self.files, self.hashes, self.spent = 0, 1, {}, {}, 0.0
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
@@ -164,7 +164,7 @@ class Run:
             for name in GROWING:
                 path = self.out_dir / name
                 self.hashes[name] = hashlib.sha256(path.read_bytes() if path.exists() else b"")
-            self.log_file, self.samples_file = (open(self.out_dir / name, "ab") for name in GROWING)
+                self.files[name] = open(path, "ab")
             self.writer = Writer(self.out_dir)
             if self.tracker:
                 self.write_json("wandb.json", self.tracker.ids)  # a resumed run goes on in the same ones
@@ -212,7 +212,7 @@ class Run:
         """(the script and the modules beside it that it imported, sorted paths; their sha256)."""
         folder = self.script.resolve().parent
         files = [str(self.script), *(getattr(m, "__file__", None) for m in list(sys.modules.values()))]
-        paths = {Path(f).resolve() for f in files if isinstance(f, str)}
+        paths = {Path(f).resolve() for f in files if isinstance(f, str)} | {folder / "page.html"}
         paths = sorted(path for path in paths if path.parent == folder and path.is_file())
         return paths, hashlib.sha256(b"\0".join(path.read_bytes() for path in paths)).hexdigest()
 
@@ -294,22 +294,20 @@ class Run:
         if not all(math.isfinite(v) for v in row.values() if isinstance(v, float)):
             self.stop_not_finite("what is logged", row["arm"], row["step"])
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
-        self._append(self.log_file, "log.jsonl", json.dumps(rounded) + "\n")
+        self.append("log.jsonl", json.dumps(rounded) + "\n")
         if self.tracker:
             self.tracker.log(row)
 
-    def sample(self, text):
-        """Appends text to samples.txt."""
-        self._append(self.samples_file, "samples.txt", text)
-
-    def _append(self, file, name, text):
+    def append(self, name, text):
+        """Appends text to a file of GROWING."""
         if self.first:
             data = text.encode("utf-8", errors="replace")
             try:
-                file.write(data)
-                file.flush()
+                self.files[name].write(data)
+                self.files[name].flush()
             except OSError as error:
-                refuse(f"{file.name} could not be written ({error}); once it can: --resume={self.out_dir}")
+                refuse(f"{self.out_dir / name} could not be written ({error}); once it can: "
+                       f"--resume={self.out_dir}")
             self.hashes[name].update(data)
 
     def last_report(self):
@@ -330,15 +328,16 @@ class Run:
                     commit=git.stdout.strip() or None if git else None, sources_sha256=self.sources()[1],
                     python=platform.python_version(), torch=torch.__version__, machine=machine)
 
-    def finish(self, summary, draw):
-        """Writes summary.json and the picture that draw([folder]) makes, and ends."""
-        self.write_json("summary.json", dict(summary, **self.facts()))
+    def finish(self, summary, draw, write_page):
+        """Writes summary.json, the picture of draw([folder]) and the page of write_page(folder), and ends."""
+        self.write_json("summary.json", dict(summary, made=self.facts()))
         if self.first:
-            try:
-                picture, _ = draw([self.out_dir])
-                self.say(f"drawn in {picture}")
-            except Exception as error:  # the run is done and written: a picture may not undo that
-                self.say(f"no picture was drawn ({type(error).__name__}); try python plot.py {self.out_dir}")
+            for tool, make in (("plot", lambda out: draw([out])[0]), ("page", write_page)):
+                try:
+                    self.say(f"{tool}: {make(self.out_dir)}")
+                except (Exception, SystemExit) as error:  # the run is done and written: this may not undo it
+                    kind = type(error).__name__
+                    self.say(f"no {tool} was drawn ({kind}); try python {tool}.py {self.out_dir}")
         self.close(summary["arms"])
 
     # ---- stopping
@@ -378,7 +377,7 @@ class Run:
             self.writer.wait()
         if self.tracker:
             self.tracker.finish(arms)
-        for f in filter(None, (self.log_file, self.samples_file, self.lock)):
+        for f in (*self.files.values(), *filter(None, [self.lock])):
             f.close()
         if self.ranks > 1:
             dist.barrier()

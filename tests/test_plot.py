@@ -70,16 +70,22 @@ def test_runs_that_differ_by_seed_are_averaged_and_the_arms_of_any_of_them_shown
     assert plot.interval([1.0, 2.0])[1] == pytest.approx(12.71 * 0.5) and plot.interval([1.0])[1] == 0
 
 
-def test_a_report_shows_its_arm_so_far_and_leaves_out_what_has_no_value(tmp_path, figures):
+def test_a_report_shows_its_arm_after_the_meta_phase_and_leaves_out_what_has_no_value(tmp_path, figures):
     row = dict(arm="self", step=5, gold_nats=2.0, surprise=1.9, proxy=0.1, agreement=None,
                agreement_probe=None, output_entropy=1.0, target_entropy=None)
-    rows = [dict(row, arm="real", agreement=0.5), row, dict(row, step=10, agreement=0.5)]
+    rows = [dict(row, arm="meta", step=step) for step in range(9)]
+    rows += [dict(row, arm="real", agreement=0.5), row, dict(row, step=10, agreement=0.5)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     plot.draw_report(tmp_path, row, tmp_path / "001.png")
     drawn = [labels(axis) for axis in figures[0].axes]
     assert [set(axis) for axis in drawn] == [{"gold_nats", "surprise", "proxy"}, {"output_entropy"}]
     assert all(line.get_marker() == "." for axis in drawn for line in axis.values())
-    assert drawn[0]["gold_nats"].get_xydata().tolist() == [[5, 2.0]]
+    assert drawn[0]["gold_nats"].get_xdata().tolist() == [-4, -3, -2, -1, 0, 5]  # as many as there are, or 5
+
+
+def test_a_row_that_a_kill_cut_short_is_left_out(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert plot.read_rows(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
 def test_help_is_printed_where_no_run_is_named_and_what_is_no_run_is_refused(tmp_path, monkeypatch, capsys):

@@ -142,9 +142,10 @@ def test_a_picture_that_cannot_be_drawn_costs_a_line_and_not_the_run(make_run, c
         assert (folders[0] / "summary.json").is_file()
         raise error
     capsys.readouterr()
-    run.finish(dict(arms={}), draw)
+    run.finish(dict(arms={}), draw, lambda folder: "a page")
     output = capsys.readouterr().out
-    assert "no picture was drawn" in output and output.count("\n") == 1 and run.log_file.closed
+    assert f"no plot was drawn ({type(error).__name__}); try python plot.py {run.out_dir}" in output
+    assert "page: a page" in output and output.count("\n") == 2 and run.files["log.jsonl"].closed
 
 
 # ---- numbers that are not finite
@@ -214,12 +215,14 @@ def test_a_resumed_run_is_where_the_checkpoint_was_and_takes_back_what_came_afte
     hacks = run.out_dir / "hacks"
     hacks.mkdir()
     run.log(dict(arm="meta", step=0))
-    run.sample("ein Text → ok\n")
+    run.append("samples.txt", "ein Text → ok\n")
+    run.append("texts.jsonl", '{"step": 0}\n')
     (hacks / "001.md").write_text("kept")
     (hacks / "notes.md").write_text("mine")
     run.checkpoint(2, dict(AT, arm="real"), dict(loss=torch.tensor([3.0])), dict(net=parts["net"]))
     run.log(dict(arm="meta", step=1))
-    run.sample("gone")
+    run.append("samples.txt", "gone")
+    run.append("texts.jsonl", "gone\n")
     for name in ("002.md", "002.png", ".001.md.tmp", "notes.txt"):
         (hacks / name).write_text("after")
     run.close()
@@ -235,6 +238,7 @@ def test_a_resumed_run_is_where_the_checkpoint_was_and_takes_back_what_came_afte
     run.open(0)
     assert (run.out_dir / "log.jsonl").read_text().count("\n") == 1
     assert (run.out_dir / "samples.txt").read_text(encoding="utf-8") == "ein Text → ok\n"
+    assert (run.out_dir / "texts.jsonl").read_text() == '{"step": 0}\n'
     assert {p.name for p in hacks.iterdir()} == {"001.md", "notes.md", "notes.txt"} and run.last_report() == 1
     run.close()
     (run.out_dir / "samples.txt").unlink()

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -214,7 +215,8 @@ def test_killed_in_each_phase_a_resumed_run_equals_one_without_interruption(tmp_
     assert summary(whole)["arms"]["ema"]["rescues"][0] > 8  # after the kill
     files = [{p.name for p in (out / "hacks").iterdir()} for out in (broken, whole)]
     assert files[0] == files[1] and "001.md" in files[0]
-    assert (broken / "samples.txt").read_text() == (whole / "samples.txt").read_text()
+    for name in ("samples.txt", "texts.jsonl", "hacks/index.md"):
+        assert (broken / name).read_bytes() == (whole / name).read_bytes(), name
     ends = [torch.load(out / "ckpt.pt", weights_only=True) for out in (broken, whole)]
     for part in ("learner", "critic"):
         assert all(torch.equal(p, ends[1][part][n]) for n, p in ends[0][part].items())
@@ -283,14 +285,14 @@ def test_the_defaults_run_on_the_plays_and_leave_what_the_readme_says(tmp_path, 
     in_process(monkeypatch, "self_ce.py", "--meta_steps=20", "--self_steps=5", "--eval_windows=16",
                f"--out_dir={out}")
     assert {p.name for p in out.iterdir() if not p.name.startswith(".")} == {
-        "config.json", "log.jsonl", "samples.txt", "summary.json", "curves.png", "ckpt.pt", "ckpt-before.pt",
-        "ends", "sources"}
+        "config.json", "log.jsonl", "samples.txt", "texts.jsonl", "summary.json", "curves.png", "report.html",
+        "ckpt.pt", "ckpt-before.pt", "ends", "sources"}
     arms, printed = summary(out)["arms"], capsys.readouterr().out
     assert list(arms) == ["real", "self", "frozen", "ema", "shuffled", "sharpen"]
     assert arms["real"]["recovered"] == 1 and summary(out)["bpb_meta_end"] < 4.5
-    assert all(name in printed for name in ("hacked at", "sharpen", "bits/byte", "tokens/s", "drawn in"))
+    assert all(name in printed for name in ("hacked at", "sharpen", "bits/byte", "tokens/s", "plot: ", "page: "))
     samples = (out / "samples.txt").read_text()
-    assert samples.count("==== after") == samples.count("target  ") == 7
+    assert samples.count("==== after") == 7 and samples.count("output  ") == samples.count("target  ")
     assert {"self_ce.py", "phases.py", "model.py"} <= {p.name for p in (out / "sources").iterdir()}
 
 
@@ -298,19 +300,30 @@ def test_wandb_is_imported_only_if_asked_and_is_shown_rows_table_and_picture(tmp
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     in_process(monkeypatch, "self_ce.py", *TINY, "--arms=real", f"--out_dir={tmp_path / 'a'}")
     assert "wandb" not in sys.modules
-    shown, began = [], []
-    account = SimpleNamespace(log=shown.append, finish=lambda: shown.append("end"))
+    shown, began, left = [], [], []
+
+    class Artifact:
+        def __init__(self, name, type):
+            left.append(name)
+        add_file = add_dir = lambda self, path, name=None: left.append(Path(path).name)
+    account = SimpleNamespace(log=shown.append, finish=lambda: shown.append("end"), log_artifact=lambda a: None,
+                              define_metric=lambda name, step_metric=None: None)
     wandb = SimpleNamespace(init=lambda **given: began.append(given) or account,
-                            Table=lambda columns, data: (columns, data), Image=lambda path: ("image", path))
+                            Table=lambda columns, data: (columns, data), Artifact=Artifact)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     out = tmp_path / "b"
     in_process(monkeypatch, "self_ce.py", *TINY, "--arms=real", f"--out_dir={out}", "--wandb_log=offline")
-    assert began[0]["mode"] == "offline" and began[0]["name"] == "b" and began[0]["config"]["meta_steps"] == 2
-    *rows, last, end = shown
-    assert [row["real/step"] for row in rows if "real/step" in row] == [0, 2] and "meta/gold_nats" in rows[0]
-    columns, data = last["arms"]
-    assert data[0][0] == "real" and len(columns) == len(data[0]) and end == "end"
-    assert last["curves"] == ("image", str(out / "curves.png"))
+    assert [(run["name"], run["job_type"], run["mode"]) for run in began] == [
+        ("b meta", "meta", "offline"), ("b real", "real", "offline")]
+    group, = {run["group"] for run in began}
+    assert [run["id"] for run in began] == [f"{group}-meta", f"{group}-real"]  # arms lie over each other
+    ends = [k for k, row in enumerate(shown) if row == "end"]
+    assert [row["step"] for row in shown[ends[0] + 1:-2]] == [0, 2] and len(ends) == 2
+    columns, data = shown[-2]["arms"]
+    assert data[0][0] == "real" and len(columns) == len(data[0])
+    assert left == [f"{group}-report", "report.html", "curves.png", "samples.txt", "summary.json"]
+    in_process(monkeypatch, "self_ce.py", f"--resume={out}", "--arms=frozen")
+    assert [run["id"] for run in began[2:]] == [f"{group}-meta", f"{group}-frozen"]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -325,7 +338,8 @@ def test_wandb_is_imported_only_if_asked_and_is_shown_rows_table_and_picture(tmp
     (["--ema_decay=1"], "ema_decay=1.0 must be below 1"),
     (["--adversarial=1.5"], "adversarial=1.5 must be at most 1"),
     (["--target=hard"], "target='hard' is not one of \"argmax\", \"soft\""),
-    (["--block_size=10000000"], "block_size=10000000 asks for texts"),
+    (["--block_size=1000000"], "block_size=1000000 asks for texts"),
+    (["--block_size=100000000"], "batch_size=8, block_size=100000000, vocab=512: 1,638 GB at least"),
     (["--train_tokens=16", "--block_size=16"], "block_size=16 asks for texts of 17 tokens"),
     (["--dataset=no/such/file.txt"], "no/such/file.txt"),
     (["--resume=no/such/run"], "holds no ckpt.pt"),
