@@ -174,6 +174,11 @@ def keep_saved(settings, given, saved, folder):
         refuse(f"{name!r} {when}: {folder} is of other code, which is in {folder}/sources")
     for name in settings:
         free = name in (*FREE_ON_RESUME, "out_dir") or name in RATES and given.get(name, 0) < saved[name]
+        if name == "self_steps" and given.get(name, 0) > saved[name]:
+            refuse_if(saved[name] % saved["eval_interval"] or saved["decay"] < 1,
+                      f"self_steps={given[name]}: there can be more than {saved[name]} only where those were a "
+                      f"multiple of eval_interval={saved['eval_interval']}, and decay={saved['decay']} is 1")
+            free = True
         if name in given and given[name] != saved[name] and not free:
             refuse(f"{name}={given[name]!r} differs from {saved[name]!r}, with which {folder} was begun; "
                    "leave it out, or start a new run")

@@ -44,7 +44,8 @@ from equations import follow, praise
 from gists import (LARGEST_FORECAST, Space, carried, layout, make_spaces, past_of, read, score_function,
                    spans_at, squared_distances, starts_of, steadiness, vectors, write_spans)
 from model import GPT, GPTConfig, adamw
-from phases import REAL, Phases, read_corpus
+from phases import REAL, Phases
+from prepare_data import read_corpus
 from run import open_run
 from watch import note, streams
 from wordings import NAME, world

@@ -5,10 +5,13 @@ A report is a page in hacks/ that a newcomer can read, and a picture beside it: 
 exploit, by a cross examination of the critic and the learner of now and of the snapshot; the texts, with what
 differs marked; the row of the log. hacks/index.md lists them.
 """
+import copy
 import itertools
 import json
 import math
 import re
+
+import torch
 
 from plot import draw_report, read_rows
 
@@ -155,14 +158,29 @@ def caveats(judged, earlier):
 
 # ---- the report
 
-def write_report(phases, why, judged, texts):
+def examined(phases):
+    """(judged, see `verdict`; {"then" | "now": (output, observation, target)}, lists of ids): the critic and the
+    learner of now and of the snapshot, crossed, on the text to come."""
+    now, judged, texts = dict(learner=phases.parts["learner"], critic=phases.judge()), {}, {}
+    times = dict(then={role: copy.deepcopy(module) for role, module in now.items()}, now=now)
+    for role, module in times["then"].items():
+        module.load_state_dict(phases.snapshot[role], strict=False)  # a known table is in no snapshot
+    for c, o in itertools.product(times, times):
+        *said, agreement = phases.told(times[o]["learner"], times[c]["critic"])
+        judged[c, o] = phases.run.mean(agreement)
+        texts |= {o: said} if c == o else {}
+    return judged, texts
+
+
+@torch.no_grad()
+def write_report(phases, why):
     """hacks/NNN.md: what happened, in an order in which a newcomer can read it, a picture beside it, and the
     index of all. A picture that cannot be written costs a line, not the run.
 
-    why: "gold" or the names of the streams that alarmed. judged: see `verdict`. texts: {"then" | "now":
-    (output, observation, target)}, lists of ids. Returns what the summary keeps: {"step", "why", "changed":
-    [[step, stream]], "judged"}, judged as "critic on outputs": agreement.
+    why: "gold" or the names of the streams that alarmed. Returns what the summary keeps: {"step", "why",
+    "changed": [[step, stream]], "judged"}, judged as "critic on outputs": agreement.
     """
+    judged, texts = examined(phases)
     run, row, changed, earlier = phases.run, phases.row, phases.watch.order(), phases.at["track"]["reports"]
     kept = dict(step=row["step"], why=why if why == "gold" else "+".join(why),
                 changed=[list(c) for c in changed],
@@ -207,7 +225,7 @@ def what_changed(changed, earlier):
 def moved(then, row, most=5):
     """Lines: the numbers of a row farthest from those at the snapshot, as a share of the larger of both."""
     numbers = [c for c in row if isinstance(row[c], float) and isinstance(then.get(c), float)
-               and c not in ("lr", "tok_per_s", "gold_bpb")]
+               and c not in ("lr", "tok_per_s", "mfu", "peak_gb", "gold_bpb")]
     share = {c: abs(row[c] - then[c]) / max(abs(row[c]), abs(then[c]), 1e-9) for c in numbers}
     far = sorted((c for c in numbers if share[c] > 0.02), key=lambda c: -share[c])[:most]
     return [f"- {c}: {then[c]:.4g} → {row[c]:.4g}" for c in far] or ["- none by more than 2 %"]

@@ -47,8 +47,9 @@ from equations import (adamw_step, add, add_up, by_name, dot, gradient, inner_st
                        praise, pull_back)
 from gists import Said, say_chunks, write_chunks
 from model import GPT, GPTConfig, adamw, sample_tokens
-from phases import REAL, Phases, read_corpus
+from phases import REAL, Phases
 from pool import SIZE, Pool
+from prepare_data import read_corpus
 from run import open_run
 from watch import MEMORY, note
 

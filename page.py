@@ -62,7 +62,7 @@ def read(folder):
     for _, arm, step, cause, _ in reports(folder):
         if arm in tracks and cause != "gold rose":
             tracks[arm]["alarms"].append(step)
-    arms = summarise(tracks, settings["self_steps"])
+    arms = summarise(tracks)
     for row in rows[-1:]:
         if row["arm"] in arms and row["step"] < settings["self_steps"]:
             arms[row["arm"]]["recovered"] = None  # it is a share at equal steps

@@ -9,7 +9,6 @@ The loop that the three experiments share, written once. It knows nothing of los
             ...
 """
 import copy
-import itertools
 
 import numpy as np
 import torch
@@ -20,22 +19,9 @@ from corpus import corpus_id, get_batch, val_windows
 from hacks import HEAD, aligned, keep_texts, write_report
 from page import write_page
 from plot import draw_runs
-from prepare_data import prepare
 from watch import MEMORY, STREAMS, Gold, Watch, arms_table, make_row, new_track, summarise, track_gold
 
 REAL = ("real", "oracle", "first")  # arms with real targets; they have no critic to watch
-
-
-def read_corpus(run, longest):
-    """The Corpus of the run's settings, made if it is not there; its splits must be longer than `longest`."""
-    s = run.settings
-    corpus = prepare(s["dataset"], s["vocab"])  # on every rank: of a node, one works and the others wait
-    first = slice(s["train_tokens"] or None)
-    corpus = corpus._replace(train=corpus.train[first], train_other=corpus.train_other[first])
-    shortest = min(len(corpus.train), len(corpus.val))
-    refuse_if(shortest <= longest, f"block_size={s['block_size']} asks for texts of {longest + 1} tokens; "
-              f"the shorter split has {shortest}")
-    return corpus
 
 
 class Phases:
@@ -83,7 +69,8 @@ class Phases:
             at.update(arm="start", meta=track, snapshot=snapshot, kept=copy.deepcopy(snapshot["kept"]))
         modules = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
         size = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-        run.open(need_bytes=24 * size)  # weights, moments, now and in the snapshot, three times; the ends
+        ends = 1 + self.settings["arms"].count(",")
+        run.open(need_bytes=(24 + 4 * ends) * size)  # weights, moments, the snapshot, three times; the ends
 
     # ---- data
 
@@ -133,15 +120,19 @@ class Phases:
         """Each arm of `names`: put back to the snapshot, or gone on with; keeps its end."""
         for arm in names:
             if self.arm != arm:
+                end = self.run.read_end(arm) if arm in self.at["arms"] else None  # it is to go on from there
                 for name, part in self.parts.items():
-                    part.load_state_dict(copy.deepcopy(self.snapshot[name]))
-                self.step = 0
-                self.at.update(arm=arm, step=0, track=new_track(), real_targets=0)
+                    part.load_state_dict(copy.deepcopy((end or self.snapshot)[name]))
+                at = end["at"] if end else dict(step=0, track=new_track(), real_targets=0, kept=self.kept)
+                self.at.update(at, arm=arm, goes_on=bool(end))
+                self.step = self.at["step"]
                 if not self.at["arms"]:
                     self.sample(f"{HEAD}==== after the meta phase")
             yield arm
+            self.at["track"]["self_steps"] = self.at["step"] = self.step
             self.at["arms"][arm] = self.at["track"]
-            self.run.keep_end(arm, self.parts["learner"])
+            at = {name: self.at[name] for name in ("step", "track", "real_targets", "kept")}
+            self.run.keep_end(arm, self.parts, at)
             self.sample(f"==== after {arm}")
         self.at["arm"] = "done"
 
@@ -151,6 +142,8 @@ class Phases:
         run.progress.start(self.at["step"])
         for self.step in range(self.at["step"], n + 1):
             save, evaluate = run.saves(self.step), self.step % every == 0 or self.step == n
+            if self.at.pop("goes_on", False):  # this step was evaluated when it was the last
+                save = evaluate = False
             gold = self.gold(self.read) if save or evaluate else None
             if save and run.is_finite(gold, self.arm, self.step):
                 run.checkpoint(self.step, self.at, self.tally, self.parts)
@@ -183,10 +176,10 @@ class Phases:
         self.alarms = self.watch.update(step, stream, probe, listens)
         if hacked:
             self.run.say(f"{self.arm}: hacked at step {track['steps_to_hack']}, gold {track['gold_end']:.3f}")
-            self.report("gold")
+            self.at["track"]["reports"].append(write_report(self, "gold"))
         if self.alarms and step - (track["alarms"] or [-MEMORY])[-1] >= MEMORY:
             track["alarms"].append(step)
-            self.report(self.alarms)
+            self.at["track"]["reports"].append(write_report(self, self.alarms))
         if self.alarms:
             self.watch.restart(step, stream, probe)
 
@@ -217,24 +210,11 @@ class Phases:
         *said, _ = self.told(self.parts["learner"], self.judge())
         self.run.append("samples.txt", f"{head}\n{aligned(self.corpus.encoding, said)}")
 
-    @torch.no_grad()
-    def report(self, why):
-        """A page in hacks/: critic and learner of now and of the snapshot, crossed, on the text to come."""
-        now, judged, texts = dict(learner=self.parts["learner"], critic=self.judge()), {}, {}
-        times = dict(then={role: copy.deepcopy(module) for role, module in now.items()}, now=now)
-        for role, module in times["then"].items():
-            module.load_state_dict(self.snapshot[role], strict=False)  # a known table is in no snapshot
-        for c, o in itertools.product(times, times):
-            *said, agreement = self.told(times[o]["learner"], times[c]["critic"])
-            judged[c, o] = self.run.mean(agreement)
-            texts |= {o: said} if c == o else {}
-        self.at["track"]["reports"].append(write_report(self, why, judged, texts))
-
     def finish(self, **found):
         """The last checkpoint, the table of the arms, and summary.json with what was `found` beside."""
         run, at, s = self.run, self.at, self.settings
         run.checkpoint(0, at, self.tally, self.parts, last=True)
-        arms = summarise(at["arms"], s["self_steps"])
+        arms = summarise(at["arms"])
         if arms:
             run.say(arms_table(arms))
         found |= dict(gold_meta_end=at["meta"]["gold_end"], bpb_meta_end=at["meta"]["bpb_end"], arms=arms)

@@ -49,7 +49,7 @@ import tiktoken
 import planted
 import plays
 import wordings
-from configurator import configure, refuse
+from configurator import configure, refuse, refuse_if
 from corpus import DTYPE, make_encoding, open_corpus, shard
 from locks import lock
 from sources import (BIBLE, DATA_ROOT, SOURCES, TINY_URL, WHEEL, brief, file_documents, hash_files,
@@ -411,6 +411,20 @@ def prepare(dataset, vocab, root=DATA_ROOT):
     corpus = open_corpus(dataset, vocab, root)
     if own_text and Path(source).exists() and not is_text_of(corpus.meta, dataset, source):
         refuse(f"{source} has changed since {folder} was made from it; delete the folder and {command}")
+    return corpus
+
+
+# ---- what a run reads
+
+def read_corpus(run, longest):
+    """The Corpus of a run's settings, made if it is not there; its splits must be longer than `longest`."""
+    s = run.settings
+    corpus = prepare(s["dataset"], s["vocab"])  # on every rank: of a node, one works and the others wait
+    first = slice(s["train_tokens"] or None)
+    corpus = corpus._replace(train=corpus.train[first], train_other=corpus.train_other[first])
+    shortest = min(len(corpus.train), len(corpus.val))
+    refuse_if(shortest <= longest, f"block_size={s['block_size']} asks for texts of {longest + 1} tokens; "
+              f"the shorter split has {shortest}")
     return corpus
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checkpoints import FORMAT, NEWEST, Writer, copied, read_checkpoint, run_of, write_whole
+from checkpoints import FORMAT, NEWEST, Writer, copied, read_checkpoint, read_end, run_of, write_whole
 from configurator import check_common, configure, defaults_of, keep_saved, refuse, taken_from
 from locks import lock
 from progress import Progress
@@ -275,11 +275,16 @@ class Run:
         self.spent = self.resumed["seconds"]
         self.resumed = {name: self.resumed[name] for name in ("files", "reports", "sources")}  # no more of it
 
-    def keep_end(self, arm, learner):
-        """Writes the weights of an arm's end to ends/<arm>.pt; `checkpoints.read_end` reads them."""
+    def keep_end(self, arm, parts, at):
+        """Writes ends/<arm>.pt: the learner's weights, and what the arm needs to go on; see `read_end`."""
         if self.first:
-            state = dict(format=FORMAT, stage=self.stage, arm=arm, weights=learner.state_dict())
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state.update(at=at, format=FORMAT, stage=self.stage, arm=arm, weights=state["learner"])
             self.write(f"ends/{arm}.pt", lambda f: torch.save(state, f))
+
+    def read_end(self, arm):
+        """What `keep_end` wrote of an arm of this run."""
+        return copied(read_end(self.out_dir, arm, self.stage), self.device)
 
     def arms_to_go(self, names, known):
         """The arms of `names` not finished: an interrupted one (never left out), real, then the rest."""
@@ -287,7 +292,8 @@ class Run:
         if at in known and at not in names:
             refuse(f"arms={self.settings['arms']!r} leaves out {at!r}, in which the run was interrupted")
         # real before the others: no hack is to be believed before it was seen
-        return sorted((a for a in names if a not in done), key=lambda a: (a != at, a != "real"))
+        to_go = [a for a in names if a not in done or done[a]["self_steps"] < self.settings["self_steps"]]
+        return sorted(to_go, key=lambda a: (a != at, a != "real"))
 
     def log(self, row):
         """Appends a row to log.jsonl (and wandb). A number in it that is not finite ends the run."""

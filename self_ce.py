@@ -33,7 +33,8 @@ from configurator import chosen, refuse_if
 from corpus import val_windows
 from equations import add_up, bound, by_name, dot, follow, gradient, inner_step, leaves, pull_back
 from model import GPT, GPTConfig, adamw
-from phases import Phases, read_corpus
+from phases import Phases
+from prepare_data import read_corpus
 from run import open_run
 from watch import note
 

@@ -42,7 +42,7 @@ def new_track():
     """What is remembered of an arm's gold: a plain dict, so that a checkpoint can hold it."""
     return dict(gold_start=None, gold_best=None, gold_end=None, bpb_end=None, proxy_start=None,
                 proxy_end=None, steps_to_hack=None, alarms=[], rescues=[], reports=[], rising_since=None,
-                rising=0)
+                rising=0, self_steps=None)
 
 
 def track_gold(track, row):
@@ -76,10 +76,10 @@ def recovered(track, real):
     return (track["gold_start"] - track["gold_end"]) / (real["gold_start"] - real["gold_end"])
 
 
-def summarise(tracks, self_steps):
+def summarise(tracks):
     """{arm: what the summary keeps of it}, of the arms' tracks. The ceiling is oracle, or else real."""
     ceiling = tracks.get("oracle", tracks.get("real"))
-    return {name: dict(self_steps=self_steps, recovered=recovered(track, ceiling),
+    return {name: dict(recovered=recovered(track, ceiling),
                        **{k: v for k, v in track.items() if not k.startswith("rising")})
             for name, track in tracks.items()}
 
@@ -124,8 +124,8 @@ def note(tally, loss, logp, obs, told=None, **means):
     surprise = -logp[:, :obs.size(1)].gather(-1, obs.unsqueeze(-1)).mean()
     entropy = -(logp.exp() * logp).sum(-1).mean()
     means.update(steps=torch.ones_like(loss), loss=loss.detach(), surprise=surprise, output_entropy=entropy)
-    for name, value in means.items():
-        tally[name] = tally.get(name, 0) + value
+    for name, value in means.items():  # in bfloat16 a sum of ones would stop at 256
+        tally[name] = tally.get(name, 0) + (value if value.dtype == torch.float64 else value.float())
     stream = torch.stack((surprise, means["agreement"], entropy)).float()[None]
     tally["stream"] = torch.cat((tally["stream"], stream)) if "stream" in tally else stream
 

@@ -87,9 +87,10 @@ def test_a_target_is_the_observation_the_own_output_neither_or_none(tmp_path):
 
 # ---- the report
 
-def test_ranks_but_the_first_keep_the_same_of_a_report_and_write_none():
+def test_ranks_but_the_first_keep_the_same_of_a_report_and_write_none(monkeypatch):
+    monkeypatch.setattr(hacks, "examined", lambda phases: (JUDGED, {}))
     other = SimpleNamespace(first=False)
-    write = lambda why, changed: write_report(phases_of(other, changed), why, JUDGED, {})
+    write = lambda why, changed: write_report(phases_of(other, changed), why)
     judged = {"then on then": 1.0, "then on now": 0.9877, "now on then": 0.25, "now on now": 0.5}
     kept = dict(step=30, why="probe+entropy", changed=[[3, "probe"]], judged=judged)
     assert write(["probe", "entropy"], [(3, "probe")]) == kept
@@ -150,13 +151,14 @@ def test_reports_are_numbered_and_listed_and_a_picture_that_cannot_be_drawn_cost
     (run.out_dir / "hacks").mkdir()
     (run.out_dir / "hacks/notes.md").write_text("# self, step 1: mine", encoding="utf-8")
     texts = dict.fromkeys(("then", "now"), ([97], [98], [98]))
-    write_report(phases_of(run, [(3, "probe")]), ["probe"], JUDGED, texts)
+    monkeypatch.setattr(hacks, "examined", lambda phases: (JUDGED, texts))
+    write_report(phases_of(run, [(3, "probe")]), ["probe"])
     assert (run.out_dir / "hacks/001.png").stat().st_size > 5000 and not run.told
 
     def draw(*what):
         raise MemoryError
     monkeypatch.setattr(hacks, "draw_report", draw)
-    write_report(phases_of(run), "gold", JUDGED, texts)
+    write_report(phases_of(run), "gold")
     page = (run.out_dir / "hacks/002.md").read_text(encoding="utf-8")
     assert run.told == ["hacks/002.png could not be drawn (MemoryError)"] and "002.png" not in page
     assert "- gold_nats: 2 → 4.235" in page

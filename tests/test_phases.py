@@ -60,6 +60,30 @@ def test_a_finished_run_takes_further_arms_and_lends_its_meta_phase(run_small, m
     assert "meta_steps=9 differs from 8" in capsys.readouterr().err and not (parts.parent / "no").exists()
 
 
+def test_a_finished_run_takes_more_steps_of_its_arms_as_if_asked_for_them_at_first(run_small, monkeypatch, capsys):
+    settings = ["--arms=real,ema,self", "--rescue_steps=0", "--self_rate=0.7"]
+    whole, more = run_small("whole", *settings, "--self_steps=16"), run_small("more", *settings, "--self_steps=8")
+    in_process(monkeypatch, "self_ce.py", f"--resume={more}", "--self_steps=16")
+    assert summary(more)["arms"] == summary(whole)["arms"]
+    order = lambda row: (row["arm"], row["step"])
+    assert sorted(log(more), key=order) == sorted(log(whole), key=order)
+    for arm in ("real", "ema", "self"):
+        a, b = (torch.load(out / f"ends/{arm}.pt", weights_only=True)["weights"] for out in (more, whole))
+        assert all(torch.equal(p, b[n]) for n, p in a.items()), arm
+    with pytest.raises(SystemExit):
+        in_process(monkeypatch, "self_ce.py", f"--resume={more}", "--self_steps=12")
+    assert "self_steps=12 differs from 16" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        in_process(monkeypatch, "self_ce.py", f"--resume={run_small('odd', '--self_steps=7')}", "--self_steps=12")
+    assert "there can be more than 7 only where those were a multiple of" in capsys.readouterr().err
+
+
+def test_an_arm_can_start_from_the_end_of_another(run_small):
+    first = run_small("first", "--arms=real")
+    second = run_small("second", "--arms=frozen", f"--start={first / 'ends/real.pt'}")
+    assert summary(second)["arms"]["frozen"]["gold_start"] == summary(first)["arms"]["real"]["gold_end"]
+
+
 def test_real_targets_are_counted_where_they_are_used_alone(run_small):
     rows = log(run_small("run", "--arms=real,frozen", "--self_steps=8"))
     counted = {(row["arm"], row["step"]): row["real_targets"] for row in rows}

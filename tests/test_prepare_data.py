@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import tiktoken
 
-import phases
 import prepare_data as pd
 from corpus import corpus_id, decode, open_corpus
 from sources import SPLITS
@@ -380,10 +379,11 @@ def test_every_rank_prepares_and_none_waits_in_a_collective(book, monkeypatch):
     slept = []
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(pd.time, "sleep", slept.append)
-    monkeypatch.setattr(phases, "prepare", lambda dataset, vocab: pd.prepare(dataset, vocab, root))
+    whole = pd.prepare
+    monkeypatch.setattr(pd, "prepare", lambda dataset, vocab: whole(dataset, vocab, root))
     settings = dict(dataset=str(path), vocab=256, train_tokens=100, block_size=8)
     run = SimpleNamespace(settings=settings, local_rank=1, barrier=lambda: pytest.fail("waits"))
-    assert len(phases.read_corpus(run, 8).train) == 100 and slept == [1]  # the first rank goes first
+    assert len(pd.read_corpus(run, 8).train) == 100 and slept == [1]  # the first rank goes first
 
 
 def full(*args):

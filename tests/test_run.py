@@ -15,6 +15,7 @@ from run import Run, open_run
 
 SCRIPT = '''"""A script."""
 arms = "real"        # the arms
+self_steps = 10      # of each
 n_embd = 8           # width → even
 n_head = 2           # heads
 batch_size = 4       # sequences
@@ -248,9 +249,11 @@ def test_a_resumed_run_is_where_the_checkpoint_was_and_takes_back_what_came_afte
 def test_an_interrupted_arm_comes_first_and_real_before_the_others(make_run, capsys):
     run, known = make_run(), ("self", "ema", "real", "frozen")
     assert run.arms_to_go(["frozen", "self", "real", "ema"], known) == ["real", "frozen", "self", "ema"]
-    run.resumed = dict(arms=dict(frozen=1), arm="ema")
+    run.resumed = dict(arms=dict(frozen=dict(self_steps=10)), arm="ema")
     assert run.arms_to_go(["frozen", "self", "real", "ema"], known) == ["ema", "real", "self"]
     assert is_refused(capsys, "leaves out 'ema'", run.arms_to_go, ["real"], known)
+    run.settings["self_steps"] = 20
+    assert run.arms_to_go(["frozen", "ema"], known) == ["ema", "frozen"]  # more steps of it are asked for
 
 
 # ---- what other runs left
@@ -261,7 +264,7 @@ def test_the_end_of_each_arm_is_kept_and_a_missing_one_is_told(make_run, capsys)
     assert is_refused(capsys, "holds no end of arm 'real'", read_end, run.out_dir, "real", "script")
     for k, arm in enumerate(("real", "self")):
         torch.nn.init.constant_(net.weight, k)
-        run.keep_end(arm, net)
+        run.keep_end(arm, dict(learner=net), dict(step=k))
     end = read_end(run.out_dir, "real", "script")
     assert (end["format"], end["stage"], end["arm"]) == (checkpoints.FORMAT, "script", "real")
     assert torch.equal(end["weights"]["weight"], torch.zeros(2, 2))

@@ -163,14 +163,14 @@ def test_the_summary_says_what_the_real_arm_makes_of_the_others():
     def tracks(real_hack, **others):
         track = dict(new_track(), gold_start=4.0, gold_best=3.6, gold_end=3.6, bpb_end=2.0)
         return dict(real=dict(track, steps_to_hack=real_hack), **others)
-    other = dict(tracks(30)["real"], gold_best=3.7, gold_end=3.7, bpb_end=2.1, alarms=[20, 90])
-    arms = summarise(tracks(None, self=other), 50)
+    other = dict(tracks(30)["real"], gold_best=3.7, gold_end=3.7, bpb_end=2.1, alarms=[20, 90], self_steps=50)
+    arms = summarise(tracks(None, self=other))
     assert arms["self"]["recovered"] == pytest.approx(0.75) and arms["self"]["self_steps"] == 50
     assert not {"rising", "rising_since"} & set(arms["self"])
     rows = [line.split() for line in arms_table(arms).splitlines()]
     assert rows[2] == ["self", "4.000", "3.700", "3.700", "2.100", "30", "20", "0", "0.75"] and len(rows) == 3
-    assert "Gold rose in the real arm too" in arms_table(summarise(tracks(10, self=other), 50))
-    assert "No real arm was run" in arms_table(summarise(dict(self=other), 50))
+    assert "Gold rose in the real arm too" in arms_table(summarise(tracks(10, self=other)))
+    assert "No real arm was run" in arms_table(summarise(dict(self=other)))
 
 
 def noted(told):
