@@ -49,7 +49,7 @@ from gists import Said, say_chunks, write_chunks
 from model import GPT, GPTConfig, adamw, sample_tokens
 from phases import REAL, Phases
 from pool import SIZE, Pool
-from prepare_data import read_corpus
+from prepare_data import commonest, read_corpus
 from run import open_run
 from watch import MEMORY, note
 
@@ -112,7 +112,7 @@ EXACT = 4096             # the commonest tokens, which praise weighs one by one;
 LENGTH = 0.05            # of the steps by which gains are measured, where inner_length is 0
 SAMPLES = 2              # rollouts for each observation, in chunks of 2 or more
 SCALARS = ("log_kappa", "log_kappa_a", "nu")  # of φ, beside E
-common = slice(None)     # the EXACT commonest tokens, or all; see main()
+common = slice(None)     # the EXACT commonest tokens, or all
 no_one = lambda *heard: None
 
 
@@ -358,9 +358,8 @@ def measure(phases, theta, number):
     """A normalised step from theta on held-out text, of four batches: not a batch's noise is to be seen.
 
     gain: nats a token that it takes off other held-out text; gain_shuffled, gain_real: with another text's
-    observation, with real targets; all equally long, LENGTH where inner_length is 0. cosine_real: of the
-    signal's gradient with the real one; cos_bb, cos_bb_real: of each between two batches: a memorised
-    direction shows in it.
+    observation, with real targets; all equally long. cosine_real: of the signal's gradient with the real one;
+    cos_bb, cos_bb_real: of each between two batches, where a memorised direction shows.
     """
     learner, phi, average = phases.parts["learner"], by_name(phases.parts["critic"]), phases.run.average
     length, rows = inner_length or LENGTH, 4 * batch_size
@@ -405,10 +404,9 @@ def ask(phases, learner, critic, step):
     """(own, true and praised tokens of a step's first row; agreement of the last two), read as in the arm."""
     text, u, theta = wordings.world(phases, step), chance(phases, step), by_name(learner)
     seen = observed(phases, phases.arm, learner, text, step, u)
-    phi, obs = by_name(critic), text[:, 1:]
     y, drawn = write(learner, theta, text, u)
-    said = say_chunks(learner, theta, text[:, :-1], y)
-    told = signal(phi, seen, said, drawn, phases.arm).argmax(-1).flatten(2)
+    said, obs = say_chunks(learner, theta, text[:, :-1], y), text[:, 1:]
+    told = signal(by_name(critic), seen, said, drawn, phases.arm).argmax(-1).flatten(2)
     own = said.logp_true.argmax(-1).flatten(1)
     return own[0].tolist(), obs[0].tolist(), told[0, 0].tolist(), (told == obs[:, None]).float().mean()
 
@@ -440,9 +438,9 @@ def rate(arm, step):
 
 
 def main():
+    global common
     run = open_run(globals())
-    names = run.arms_to_go(check(), ARMS)
-    corpus = read_corpus(run, block_size)
+    names, corpus = run.arms_to_go(check(), ARMS), read_corpus(run, block_size)
     torch.manual_seed(seed)
     learner = GPT(GPTConfig(vocab, 1, n_layer, n_head, n_embd)).to(run.device, run.weight_dtype)
     scalars = dict(zip(SCALARS, map(torch.tensor, (math.log(kappa), math.log(kappa_a), nu))))
@@ -453,11 +451,8 @@ def main():
     of = lambda arm: {name: torch.from_numpy(a).to(critic["E"]) for name, a in TABLES[arm](corpus).items()}
     known = {arm: nn.ParameterDict(dict(critic.items(), **of(arm))) for arm in TABLES if arm in names}
     mover = dict(learner=other, optimizer=adamw(other, learning_rate))
-    size = sum(p.numel() * p.element_size() for p in other.parameters())
-    parts = dict(learner=learner, critic=critic, pool=Pool(run.room_for(3 * SIZE * size)), **optimizers)
-    if vocab > EXACT:
-        counts = np.bincount(corpus.train[:10**7], minlength=vocab)
-        globals()["common"] = torch.from_numpy(counts.argsort()[-EXACT:].copy()).to(run.device)
+    parts = dict(learner=learner, critic=critic, pool=Pool(run.room_for(3 * SIZE, learner)), **optimizers)
+    common = commonest(corpus, EXACT).to(run.device) if vocab > EXACT else slice(None)
     phases = Phases(run, corpus, parts, dict(found=[]), read=learner, rate=rate,
                     judge=lambda: known.get(phases.arm, critic), examine=lambda: examine(phases),
                     ask=lambda *who: ask(phases, *who, meta_steps + phases.step))
@@ -484,11 +479,11 @@ def main():
 
     # ---- self phase: the critic's signal is all that the learner learns from
     for arm in phases.arms(names):
+        every = chunk if arm == "first" else 1
         for step in phases.steps(self_steps):
             text = wordings.world(phases, meta_steps + step)
             with run.autocast():
                 if arm in REAL:
-                    every = chunk if arm == "first" else 1
                     real_step(phases, text, every)
                     phases.at["real_targets"] += batch_size * block_size // every
                 else:

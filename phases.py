@@ -64,13 +64,12 @@ class Phases:
                       f"{self.corpus.folder} holds another corpus or tokenizer than that of {run.out_dir}")
             run.restore(at, self.tally, self.parts)
         elif start:
-            free = *SELF_PHASE, *self_phase
-            track, snapshot = read_meta_phase(start, run.stage, run.device, self.settings, free, at["corpus"])
+            known = self.settings, (*SELF_PHASE, *self_phase), at["corpus"]
+            track, snapshot = read_meta_phase(start, run.stage, run.device, *known)
             at.update(arm="start", meta=track, snapshot=snapshot, kept=copy.deepcopy(snapshot["kept"]))
         modules = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
         size = sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
-        ends = 1 + self.settings["arms"].count(",")
-        run.open(need_bytes=(24 + 4 * ends) * size)  # weights, moments, the snapshot, three times; the ends
+        run.open(need_bytes=(28 + 4 * self.settings["arms"].count(",")) * size)  # 3 checkpoints, and the ends
 
     # ---- data
 
@@ -214,8 +213,7 @@ class Phases:
         """The last checkpoint, the table of the arms, and summary.json with what was `found` beside."""
         run, at, s = self.run, self.at, self.settings
         run.checkpoint(0, at, self.tally, self.parts, last=True)
-        arms = summarise(at["arms"])
-        if arms:
+        if arms := summarise(at["arms"]):
             run.say(arms_table(arms))
         found |= dict(gold_meta_end=at["meta"]["gold_end"], bpb_meta_end=at["meta"]["bpb_end"], arms=arms)
         summary = dict(stage=run.stage, seed=s["seed"], config=s, meta_steps=s["meta_steps"], **found)

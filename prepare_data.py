@@ -45,6 +45,7 @@ from pathlib import Path
 import numpy as np
 import rustbpe
 import tiktoken
+import torch
 
 import planted
 import plays
@@ -426,6 +427,12 @@ def read_corpus(run, longest):
     refuse_if(shortest <= longest, f"block_size={s['block_size']} asks for texts of {longest + 1} tokens; "
               f"the shorter split has {shortest}")
     return corpus
+
+
+def commonest(corpus, n):
+    """int [n]: the ids of the n commonest tokens, among the first ten million."""
+    counts = np.bincount(corpus.train[:10**7], minlength=corpus.vocab_size)
+    return torch.from_numpy(counts.argsort()[-n:].copy())
 
 
 if __name__ == "__main__":

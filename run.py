@@ -123,8 +123,9 @@ class Run:
         """The context of a forward pass: bfloat16 arithmetic over float32 weights if asked, else nothing."""
         return torch.autocast(self.device.type, self.dtype) if self.dtype == torch.bfloat16 else nullcontext()
 
-    def room_for(self, size):
-        """The device on which `size` bytes are kept that are seldom used: the CPU if a GPU would be short."""
+    def room_for(self, copies, module):
+        """Where copies of a module's weights wait that are seldom used: the CPU if a GPU would be short."""
+        size = copies * sum(p.numel() * p.element_size() for p in module.parameters())
         short = self.device.type == "cuda" and size > torch.cuda.mem_get_info(self.device)[0] / 4
         return torch.device("cpu") if short else self.device
 
