@@ -45,6 +45,8 @@ class Baseline(nn.Module):
         self.blocks = nn.ModuleList(nn.ModuleDict(dict(
             norm_1=norm(), qkv=linear(C, 3 * C), out=linear(C, C), norm_2=norm(), up=linear(C, 4 * C),
             down=linear(4 * C, C))) for _ in range(L))
+        for table in (self.token, self.place):  # wider, the tied head says what no float32 softmax can hold
+            nn.init.normal_(table.weight, std=0.02)
 
     def forward(self, x):
         x = self.token(x) + self.place.weight

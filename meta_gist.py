@@ -109,6 +109,7 @@ FIRST = ("first", "frozen_first")  # learn of the first token of a chunk alone, 
 # Independent streams of data and of random numbers; MEASURE takes four.
 _, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED = range(12)
 EXACT = 4096             # the commonest tokens, which praise weighs one by one; of the others it draws
+KEPT = 1                 # of the last inner steps the graph is kept: each more is faster, and takes its memory
 LENGTH = 0.05            # of the steps by which gains are measured, where inner_length is 0
 SAMPLES = 2              # rollouts for each observation, in chunks of 2 or more
 SCALARS = ("log_kappa", "log_kappa_a", "nu")  # of φ, beside E
@@ -236,34 +237,32 @@ def meta_step(learner, theta, phi, texts, chances, outer, average, moments=(), c
     texts: of each step, int [B, T + 1]; chances: its uniform numbers; outer: the text that judges. average:
     of a list of tensors over ranks, in place. moments, count: of AdamW, and its steps so far, with
     inner_length = 0. hear: is told of the first step. Of each step θ_k, g_k and what was written are kept, of
-    the last one the graph of g too if it is one piece; those of the others are made again on the way back, so
-    that memory grows by weights alone.
+    the KEPT last ones the graph of g too if it is one piece; those of the others are made again on the way
+    back, so that memory grows by weights alone.
     """
     trail, phi, share = [], leaves(phi), 1 / grad_accum
     for k, (text, u) in enumerate(zip(texts, chances)):
         theta, g = leaves(theta), {}
         batch = [(t, t[:, 1:], write(learner, theta, t, v)) for t, v in pieces(1, text, u)]
-        kept = k == len(texts) - 1 and len(batch) == 1
+        kept = k >= len(texts) - KEPT and len(batch) == 1
         for piece in batch:
             mine, heard = signal_gradient(learner, theta, phi, *piece, graph=kept)
             g = add_up(g, mine, share)
             if k == 0:
                 hear(*heard)
         average(list(g.values()))
-        trail.append((theta, moments, g, batch))
+        trail.append((theta, moments, g, batch, mine if kept else None))
         theta, moments = learn(theta, moments, g, count + k + 1)
-    lam, loss = real_gradient(learner, theta, outer, times=outer_batch // batch_size)     # λ = ∇O(θ_S)
+    lam, loss = real_gradient(learner, theta, outer, times=len(outer) // len(text))       # λ = ∇O(θ_S)
     average(list(lam.values()))
     dphi = {n: torch.zeros_like(p) for n, p in phi.items()}
     of_moments = tuple({n: torch.zeros_like(p) for n, p in m.items()} for m in moments)  # λ of the moments
-    for k, (theta, moments, g, batch) in reversed(list(enumerate(trail))):
+    for k, (theta, moments, g, batch, mine) in reversed(list(enumerate(trail))):
         step, at, found = functools.partial(learn, count=count + k + 1), (theta, moments, g), {}
         lam, of_moments, w = pull_back(step, (lam, of_moments), *at)          # λ and w, through the step
         for piece in batch:
-            if not kept:
-                mine, _ = signal_gradient(learner, theta, phi, *piece, graph=True)
-            found = add_up(found, gradient(dot(mine, w), phi | theta if k else phi), share)
-        kept = False
+            again = mine or signal_gradient(learner, theta, phi, *piece, graph=True)[0]
+            found = add_up(found, gradient(dot(again, w), phi | theta if k else phi), share)
         average(list(found.values()))
         dphi = add(dphi, found)                                               # dφ += ∂_φ ⟨∇_θ L(θ_k, φ), w⟩
         lam = add(lam, found) if k else lam                                   # λ  += ∂_θ ⟨∇_θ L(θ_k, φ), w⟩
