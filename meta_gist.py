@@ -109,7 +109,7 @@ FIRST = ("first", "frozen_first")  # learn of the first token of a chunk alone, 
 # Independent streams of data and of random numbers; MEASURE takes four.
 _, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED = range(12)
 EXACT = 4096             # the commonest tokens, which praise weighs one by one; of the others it draws
-KEPT = 1                 # of the last inner steps the graph is kept: each more is faster, and takes its memory
+KEPT = 1                 # of the last inner steps the graph is kept: more is faster and takes more memory
 LENGTH = 0.05            # of the steps by which gains are measured, where inner_length is 0
 SAMPLES = 2              # rollouts for each observation, in chunks of 2 or more
 SCALARS = ("log_kappa", "log_kappa_a", "nu")  # of φ, beside E

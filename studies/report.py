@@ -419,7 +419,7 @@ PAGES = {
         ranks=ranks,
         facts=lambda: open_runs(points_of("3-facts", "")),
         long=lambda: open_runs(points_of("3-long", "")),
-        judges=lambda: critics("3/dense 3/similar 3/steps-2 3/steps-4", "frozen"))}
+        judges=lambda: critics("3/dense 3/steps-2 3/steps-4", "frozen"))}
 
 
 def size(text):

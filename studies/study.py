@@ -66,7 +66,7 @@ SMALL = (f"{DENSE} --n_head=2 --block_size=16 --learning_rate=3e-3 --warmup=10 -
 SYNONYMS = (f"{SMALL} --dataset=planted-synonyms --vocab=256 --n_layer=1 --batch_size=64 --outer_batch=256 "
             "--pretrain=30 --critic_rate=0.2")
 SPELLINGS = (f"{SMALL} {SPELLED} --n_layer=2 --batch_size=256 --outer_batch=512 --pretrain=50 "
-             "--pool_steps=400 --scalar_rate=0.01")
+             "--scalar_rate=0.01")
 LEARNED, BY_HAND = "--meta_steps=430", "--meta_steps=30 --kappa=7"
 SPELLINGS_LEARNED, SPELLINGS_BY_HAND = "--meta_steps=1550", "--meta_steps=50 --kappa=7"
 TWO = "--arms=real,frozen"
@@ -200,7 +200,6 @@ STUDIES = {
         "spellings-20000-by-hand": f"{SPELLINGS} {SPELLINGS_BY_HAND} {TWO} --train_tokens=20000",
         "untrained": f"{DENSE} --meta_steps=400 {TWO}",
         "by-hand": f"{DENSE} --meta_steps=400 --kappa=7 {TWO}",
-        "similar": f"{DENSE} --val_chunks=similar {TWO}",
         "steps-2": f"{DENSE} --inner_steps=2 {TWO}",
         "steps-4": f"{DENSE} --inner_steps=4 {TWO}",
         "chunk-4-sharp": f"{CHUNKS} --kappa=7",
@@ -270,7 +269,7 @@ STUDIES = {
     }, FIVE),
     # Facts told some eight times, thousands of tokens apart: does a judge that is near find them sooner?
     "3-facts": ("meta_gist.py", {
-        **{how: f"{FACTS} --meta_steps=500 --val_chunks={how}" for how in ("random", "similar")},
+        "random": f"{FACTS} --meta_steps=500",
         "by-hand": f"{FACTS} --meta_steps=100 --kappa=7",
     }, FIVE),
     # No end: many times the meta phase, with no real token as a target.
