@@ -77,14 +77,14 @@ def child(out, err, script, words, cwd, env, strike):
     for fd, pipe in ((1, out), (2, err)):
         os.dup2(pipe.fileno(), fd)
         pipe.close()
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", 1, closefd=False) for fd in (1, 2))
     os.chdir(cwd)
     os.environ.update(env)
     torch.set_num_threads(1)
     if strike:
         seen = watch_changes(*strike)
     sys.argv = [script, *words]
-    with contextlib.suppress(ImportError):
-        runpy.run_path(str(ROOT / script), run_name="__main__")
+    script(*words) if callable(script) else runpy.run_path(str(ROOT / script), run_name="__main__")
     if strike:
         print("CHANGES", len(seen))
 
@@ -118,7 +118,7 @@ def strike_now(folder, kind, left):
 
 
 def call(script, *words, cwd="/tmp", env={}, strike=None, timeout=60, kill_after=None):
-    """The Answer of a script of the project. strike: see `watch_changes`. kill_after: seconds."""
+    """The Answer of a script of the project, or of a function. strike: see `watch_changes`. kill_after: seconds."""
     pipes = [CONTEXT.Pipe(duplex=False) for _ in range(2)]
     process = CONTEXT.Process(target=child, args=(*(w for _, w in pipes), script, words, cwd, env, strike))
     process.start()
@@ -407,13 +407,195 @@ def full_disks(tally, tmp, rng, n):
                           told=(wrong, full, last if full.code else ""))
                 for folder in disk.glob("*"):
                     shutil.rmtree(folder)
-        text, root = tmp / "book.txt", disk / "data"
-        text.write_text("".join(f"Line {i} of a book, {i * i % 97}.\n" for i in range(6000)))
-        program = ("prepare_data.py", f"--dataset={text}", "--vocab=300")
+        text, parts = tmp / "book.txt", (disk / "data", disk / "whole")
+        text.write_text("".join(f"Line {i} of a book, {i * i % 97}.\n" for i in range(3000)))
+        held = lambda root: {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        call(prepared, text, parts[1])
+        for i in range(3 * n):
+            strike = (str(parts[0]), int(rng.integers(1, 20)), how if i % 2 else "limit", int(rng.integers(9999)))
+            full = call(prepared, text, parts[0], strike=strike)
+            (disk / "ballast").unlink(missing_ok=True)
+            last = call(prepared, text, parts[0])
+            wrong = last.code == 0 and held(parts[0]) != held(parts[1])
+            tally.add(f"prepare_data {strike}", lost=wrong, told=(full, last),
+                      badly=last.code != 0 or full.code != 0 and not full.refuses())
+            shutil.rmtree(parts[0])
+
+
+def prepared(text, root):
+    prepare_data.prepare(str(text), 300, Path(root))
+
+
+def things(here):
+    """What wrong uses name: a symlink to itself, a file, an empty folder, a text that is not UTF-8, a FIFO."""
+    (here / "loop").symlink_to("loop")
+    (here / "file").write_text("x" * 20)
+    (here / "empty").mkdir()
+    (here / "latin.txt").write_bytes("käse ".encode("latin-1") * 4000)
+    (here / "nul.txt").write_bytes(b"text \0 " * 4000)
+    os.mkfifo(here / "fifo.txt")
+    (here / "folder").mkdir()
+    os.mkfifo(here / "folder/fifo.txt")
+
+
+def wrong_settings(stage):
+    """[words] of a script, each with one setting that cannot be, or that only asks for very much."""
+    paths = ("a" * 300, "~nouser/x", "loop", "loop/x", "a\0b", "file", "file/x")
+    for name, (_, default, _, choices) in read_settings(ROOT / f"{stage}.py").items():
+        wrong = ("x", "nan", "[]", "", "1" + "0" * 18, HUGE)
+        if isinstance(default, bool):
+            wrong = ("maybe", "2", "")
+        elif isinstance(default, str):
+            wrong = ("nosuch", "\udcff") if choices or name in ("arms", "controls", "device") else paths
+            wrong += ("empty", "latin.txt", "nul.txt", "fifo.txt", "folder", "") * (name == "dataset")
+            wrong += ("empty", "other", "begun", "edited", "old") * (name in ("resume", "start", "critic_from"))
+        elif isinstance(default, float):
+            wrong = ("x", "nan", "1e999", "-1", "[]", "", HUGE)
+        yield from ([f"--{name}={value}"] for value in wrong)
+    yield from (["--nosuch=1"], ["nosuch"], ["--seed"], ["--=1"], ["--"], ["--resume=empty", "--start=empty"])
+
+
+PROMPTS = ("", "\udcff", "latin.txt", "fifo.txt", "a\0b")
+FOLDERS = ("nosuch", "empty", "file", "loop", "a" * 300, "a\0b", "begun", "~nouser/x", "\udcff", "broken")
+TOOLS = [("sample.py", ["run", f"--prompt={prompt}"]) for prompt in PROMPTS] + [
+    (f"{tool}.py", [folder]) for tool in ("sample", "plot", "page", "studies/probe", "studies/verses")
+    for folder in FOLDERS if (tool, folder) != ("page", "begun")] + [
+    ("sample.py", ["run", "--arm=nosuch"]), ("sample.py", ["run", "--how=full"]), ("sample.py", ["edited"]),
+    ("sample.py", ["run", "run"]), ("sample.py", ["run", f"--tokens={HUGE}"]), ("plot.py", ["run", "nosuch"]),
+    ("plot.py", ["--nosuch"]), ("page.py", ["--nosuch"]), ("bench.py", ["4"]), ("bench.py", ["--quik"]),
+    ("bench.py", ["1", "nosuch"]), ("studies/probe.py", ["gist", "nosuch"]), ("studies/probe.py", ["run"]),
+    ("studies/probe.py", ["gist", "gist2"]), ("studies/study.py", ["nosuch"]), ("studies/study.py", ["1", "2"]),
+    ("studies/study.py", ["1", "--lst"]), ("studies/report.py", ["nosuch"]), ("studies/verses.py", ["gist"]),
+    ("studies/classes.py", ["nosuch"]), ("prepare_data.py", ["--vocab=1"]), ("prepare_data.py", ["nosuch"]),
+    ("prepare_data.py", [f"--vocab={HUGE}"]), ("prepare_data.py", ["--dataset=fineweb-edu-0M"])]
+
+
+def wrong_uses(tally, tmp, rng, n):
+    runs = tmp / "runs"
+    for name, stage in (("run", "self_ce"), ("gist", "gist_bottleneck"), ("meta", "meta_gist")):
+        whole_run(stage, runs / name)
+    here = tmp / "here"
+    cases = [(f"{stage}.py", [*STAGES[stage].split(), "--out_dir=out", *words], stage)
+             for stage in STAGES for words in wrong_settings(stage)]
+    cases += [(script, words, "self_ce") for script, words in TOOLS]
+    for i in rng.permutation(len(cases))[:n]:
+        script, words, stage = cases[i]
+        here.mkdir()
+        things(here)
+        mine, other = dict(self_ce=("run", "gist"), gist_bottleneck=("gist", "run"), meta_gist=("meta", "run"))[stage]
+        if any(word.split("=")[-1] in ("other", "begun", "edited", "old", "run", "gist", "broken") for word in words):
+            for name in ("run", "gist"):
+                shutil.copytree(runs / name, here / name)
+            shutil.copytree(runs / other, here / "other")
+            for name in ("begun", "edited", "old", "broken"):
+                shutil.copytree(runs / mine, here / name)
+            edit(here, stage)
+        before = {p: p.lstat().st_mtime_ns for p in here.rglob("*") if "__pycache__" not in str(p)}
+        answer = call(script, *words, cwd=here, timeout=20)
+        after = {p: p.lstat().st_mtime_ns for p in here.rglob("*") if "__pycache__" not in str(p)}
+        runs_on = (here / "out/log.jsonl").exists() and answer.code in (None, 0)  # it only asks for much
+        if not runs_on:
+            tally.refusal(f"{script} {[w[:60] for w in words[-2:]]}", answer, before == after)
+        else:
+            tally.add(script)
+        shutil.rmtree(here)
+
+
+def edit(here, stage):
+    """Checkpoints: in the meta phase, of other sizes, of older code; and a run whose files hold no run's values."""
+    path = lambda name: here / name / "ckpt.pt"
+    state = torch.load(path("edited"), weights_only=True)
+    old = {k: v for k, v in state["config"].items() if k != "decay"}
+    for name, change in (("begun", dict(snapshot=None, meta=None, arm="meta")), ("old", dict(config=old)),
+                         ("edited", dict(config=dict(state["config"], n_embd=32)))):
+        torch.save(state | change, path(name))
+    (here / "begun/summary.json").unlink()
+    for name in ("summary.json", "config.json"):
+        (here / "broken" / name).write_text("[]")
+    (here / "broken/log.jsonl").write_text('{"a": 1}\n')
+
+
+RATES = [("learning_rate=1e38",), ("learning_rate=1e3", "grad_clip=1e30")]
+OF_STAGE = dict(self_ce=[("self_rate=1e38",)], gist_bottleneck=[("self_learning_rate=1e38",)],
+                meta_gist=[("critic_rate=1e38",), ("scalar_rate=1e38",), ("self_rate=1e38",)])
+
+
+def divergence(tally, tmp, rng, n):
+    for stage in STAGES:
+        for given in (RATES + OF_STAGE[stage])[:n]:
+            out = tmp / f"{stage}-{'-'.join(given)}"
+            first = call(f"{stage}.py", *STAGES[stage].split(), *(f"--{word}" for word in given), f"--out_dir={out}")
+            state, line = torch.load(out / "ckpt.pt", weights_only=True), first.out.rstrip().splitlines()[-1]
+            fine = all(torch.isfinite(t).all() for part in ("learner", "critic") for t in state[part].values())
+            last = Answer(0, "", "")
+            if first.code == 3:
+                _, script, *words = shlex.split(line)
+                last = call(script, *(w.replace("=...", "=1e-4") for w in words), timeout=60)
+            finite = first.code == 3 or np.isfinite([row["gold_nats"] for row in log(out)]).all()
+            tally.add(f"{stage} {given}", lost=not fine or not finite, told=(first, last),
+                      badly=first.code not in (0, 3) or last.code != 0 or first.err)
+
+
+def statistics(tally, tmp, rng, n):
+    for stage in STAGES:
+        for every in (1, 600):
+            out = tmp / f"{stage}-{every}"
+            steps = (n, max(6, n // 4)) if every == 1 else (n, n)
+            call(f"{stage}.py", *STAGES[stage].split(), "--dtype=bfloat16", f"--eval_interval={every}",
+                 "--save_interval=600", f"--meta_steps={steps[0]}", f"--self_steps={steps[1]}",
+                 *["--arms=real,frozen", f"--pretrain={n - 6}"][:2 if stage == "meta_gist" else 1],
+                 f"--out_dir={out}", "--learning_rate=1e-3", timeout=300)
+            vocab = json.loads((out / "config.json").read_text())["vocab"]
+            for row in log(out):
+                shares = [row[k] for k in ("agreement", "echo", "target_top", "agreement_probe") if row.get(k)]
+                entropies = [row[k] for k in ("target_entropy", "output_entropy") if row.get(k)]
+                off = abs(row["proxy"] - row["surprise"]) / row["surprise"] \
+                    if row["arm"] == "real" and row["proxy"] is not None else 0
+                wrong = max([*shares, 0]) > 1 or max([*entropies, 0]) > np.log(vocab) * (1 + 1e-5) or off > 1e-4
+                tally.add(f"{stage} every {every}", lost=wrong, told=(shares, entropies, off, row["arm"], row["step"]))
+
+
+LETTERS = "Größe λόγος слово 語 \U0001f600 "
+LOCALES = (dict(LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0"), dict(PYTHONIOENCODING="latin-1"),
+           dict(PYTHONIOENCODING="ascii"))
+
+
+def locales(tally, tmp, rng, n):
+    name = f"bök-{os.getpid()}"
+    text, made = tmp / f"{name}.txt", ROOT / "data" / f"{name}-256"
+    text.write_text("".join(f"{LETTERS}{i}.\n" for i in range(600)), encoding="utf-8")
+    try:
+        for env in LOCALES[:n]:
+            env, commands = dict(os.environ, OMP_NUM_THREADS="1", **env), []
+            for stage in STAGES:
+                out = tmp / f"lauf-ö-{stage}"
+                words = [*STAGES[stage].split(), f"--dataset={text}", "--vocab=256", f"--out_dir={out}"]
+                commands += [[f"{stage}.py", "--help"], [f"{stage}.py", *words], ["page.py", out], ["plot.py", out],
+                             ["sample.py", out, "--prompt=Größe", "--tokens=5"]]
+            for script, *words in commands[:5] if n == 1 else commands:
+                done = subprocess.run([sys.executable, ROOT / script, *words], env=env, capture_output=True,
+                                      timeout=120)
+                tally.add(f"{script} {words[-1:]}", badly=done.returncode or done.stderr, told=done)
+            samples = (tmp / "lauf-ö-self_ce" / "samples.txt").read_text(encoding="utf-8")
+            tally.add("samples.txt", lost=not set(samples) & set(LETTERS[4:]), told=samples)
+            for out in tmp.glob("lauf*"):
+                shutil.rmtree(out)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def no_compiler(tally, tmp, rng, n):
+    for stage in STAGES:
+        here = tmp / stage
+        here.mkdir()
+        env = dict(CXX="/nonexistent", PATH="/nonexistent", TORCHINDUCTOR_CACHE_DIR=str(tmp / "cache"))
+        answer = call(f"{stage}.py", *STAGES[stage].split(), "--compile=true", "--out_dir=out", cwd=here, env=env)
+        tally.refusal(stage, answer, not list(here.iterdir()))
 
 
 KINDS = {"kills": (kills, 2, 12), "two ranks": (ranks, 0, 6), "damage": (mutations, 300, 10_000),
-         "full disks": (full_disks, 2, 12)}
+         "full disks": (full_disks, 2, 12), "wrong uses": (wrong_uses, 60, 10_000), "divergence": (divergence, 1, 9),
+         "bfloat16": (statistics, 30, 600), "locales": (locales, 1, 3), "no compiler": (no_compiler, 1, 1)}
 
 
 def main():
