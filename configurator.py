@@ -216,6 +216,8 @@ def check_common(settings):
     share, left = settings.get("ema_decay", 0), settings.get("decay", 1)
     refuse_if(share >= 1, f"ema_decay={share} must be below 1: it is the share of the old weights that stays")
     refuse_if(left > 1, f"decay={left} must be at most 1: it is the share of the learning rate that is left")
+    for name in ("critic_rate", "scalar_rate"):
+        refuse_if(settings.get(name, 0) > 1e30, f"{name}={settings.get(name)} is above what a step can be, 1e30")
     check_memory(settings)
     n_embd, n_head = settings["n_embd"], settings["n_head"]
     if n_embd % n_head or (n_embd // n_head) % 2:

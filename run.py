@@ -24,27 +24,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checkpoints import FORMAT, NEWEST, Writer, copied, read_checkpoint, run_of, write_whole
-from configurator import check_common, configure, defaults_of, keep_saved, refuse, taken_from
+from checkpoints import (FORMAT, NEWEST, Writer, cannot_write, copied, read_checkpoint, run_of,
+                         write_whole)
+from configurator import RATES, check_common, configure, defaults_of, keep_saved, refuse, taken_from
+from devices import check_compiler, choose_device
 from locks import lock
 from progress import Progress
 from ranks import meet, watch_refusals
 
+LOST = 1000  # times as many nats as a guess costs: from there no learning rate leads back
 GROWING = ("log.jsonl", "samples.txt", "texts.jsonl")  # resuming cuts them to their length at the checkpoint
-
-
-def choose_device(name, dtype, local_rank):
-    """(torch.device, reason) for `name` in "auto" | "cuda" | "mps" | "cpu"; refuses what is not there."""
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [k for k in has if has[k]]
-    if name not in ("auto", *there):
-        refuse(f"device={name!r} is not there on this machine, which has {' and '.join(there)}")
-    kind, reason = (there[0], "the best there is") if name == "auto" else (name, "asked for")
-    if kind == "mps" and dtype == "float64":
-        refuse('dtype="float64" does not exist on device "mps"; use --device=cpu or --dtype=float32')
-    if kind == "cuda" and local_rank >= torch.cuda.device_count():
-        refuse(f"nproc_per_node is above the {torch.cuda.device_count()} GPUs of this machine")
-    return torch.device(f"cuda:{local_rank}" if kind == "cuda" else kind), reason
 
 
 class Run:
@@ -65,6 +54,8 @@ class Run:
         if settings["eval_windows"] % self.ranks:
             refuse(f"eval_windows={settings['eval_windows']} must be a multiple of the {self.ranks} ranks")
         self.device, reason = choose_device(settings["device"], settings["dtype"], self.local_rank)
+        if settings.get("compile"):
+            check_compiler(self.device)
         self.dtype = getattr(torch, settings["dtype"])
         self.weight_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.out_dir, self.resumed, self.began = Path(settings["out_dir"]), resumed, time.time()
@@ -227,8 +218,7 @@ class Run:
         try:
             write_whole(self.out_dir / name, write)
         except OSError as error:
-            refuse(f"{self.out_dir / name} could not be written ({error}); once it can: "
-                   f"--resume={self.out_dir}")
+            cannot_write(self.out_dir / name, self.out_dir, error)
 
     def write_json(self, name, value):
         if self.first:
@@ -239,8 +229,10 @@ class Run:
         return self.stopping(step) or step % self.settings["save_interval"] == 0
 
     def is_finite(self, gold, arm, step):
-        """True, or the end of a run whose gold, (nats a token, bits a byte), is not finite."""
-        return math.isfinite(gold[0]) or self.stop_not_finite("gold", arm, step)
+        """True, or the end of a run whose gold, (nats a token, bits a byte), is not finite, or as good as."""
+        worst, told = LOST * math.log(self.settings.get("vocab", 2)), f"{gold[0]:.3g} nats"
+        what = f"gold is {told if math.isfinite(gold[0]) else 'not finite'}"
+        return gold[0] < worst or self.stop_diverged(what, arm, step)
 
     def checkpoint(self, step, at, tally, parts, last=False):
         """Writes ckpt.pt, unless the one before is still being written, and stops if asked to.
@@ -254,7 +246,7 @@ class Run:
         modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
         weights = [p for module in modules for p in module.parameters()]
         if not all(torch.isfinite(t).all() for t in (*weights, *tally.values())):
-            self.stop_not_finite("a weight or the loss", at["arm"], step)
+            self.stop_diverged("a weight or the loss is not finite", at["arm"], step)
         at["step"] = step
         if self.first and (last or self.stop_signal or self.writer.due()):
             files = {n: ((self.out_dir / n).stat().st_size, self.hashes[n].hexdigest()) for n in GROWING}
@@ -292,7 +284,8 @@ class Run:
     def log(self, row):
         """Appends a row to log.jsonl (and wandb). A number in it that is not finite ends the run."""
         if not all(math.isfinite(v) for v in row.values() if isinstance(v, float)):
-            self.stop_not_finite("what is logged", row["arm"], row["step"])
+            self.stop_diverged("what is logged is not finite", row["arm"], row["step"])
+        self.is_finite((row.get("gold_nats", 0.0),), row["arm"], row["step"])
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
         self.append("log.jsonl", json.dumps(rounded) + "\n")
         if self.tracker:
@@ -306,8 +299,7 @@ class Run:
                 self.files[name].write(data)
                 self.files[name].flush()
             except OSError as error:
-                refuse(f"{self.out_dir / name} could not be written ({error}); once it can: "
-                       f"--resume={self.out_dir}")
+                cannot_write(self.out_dir / name, self.out_dir, error)
             self.hashes[name].update(data)
 
     def last_report(self):
@@ -364,11 +356,14 @@ class Run:
         self.close()
         raise SystemExit(128 + self.stop_signal)
 
-    def stop_not_finite(self, what, arm, step):
-        """Ends a run in which something is NaN or infinite; the checkpoint before it stays."""
-        rate = self.settings["learning_rate"]
-        self.say(f"error: {what} is not finite at step {step} of {arm}; go on from the last checkpoint at a "
-                 f"learning_rate below {rate}:\n  {self.command} --learning_rate=...")
+    def stop_diverged(self, what, arm, step):
+        """Ends a run in which something is NaN, infinite or as good as; the checkpoint before it stays."""
+        default = defaults_of(dict(__file__=self.script))
+        own = "self_learning_rate" if arm != "meta" else ""
+        rates = [name for name in RATES if name in self.settings and name != "grad_clip"]
+        name = max(rates, key=lambda n: (self.settings[n] / (default[n] or 1), n == own))  # the likeliest cause
+        self.say(f"error: {what} at step {step} of {arm}; go on from the last checkpoint at a "
+                 f"{name} below {self.settings[name]}:\n  {self.command} --{name}=...")
         self.close()
         raise SystemExit(3)
 

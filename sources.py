@@ -47,6 +47,10 @@ def source_of(dataset):
     return SOURCES[FINEWEB] if stream_tokens(dataset) else SOURCES.get(dataset)
 
 
+# What comes of values that a file should not hold, such as a list for a number.
+DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
 def brief(error):
     """What an exception says, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:NAME_BYTES]}"
