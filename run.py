@@ -31,6 +31,7 @@ from devices import check_compiler, choose_device
 from locks import lock
 from progress import Progress
 from ranks import meet, watch_refusals
+from sources import DAMAGE, brief
 
 LOST = 1000  # times as many nats as a guess costs: from there no learning rate leads back
 GROWING = ("log.jsonl", "samples.txt", "texts.jsonl")  # resuming cuts them to their length at the checkpoint
@@ -259,11 +260,14 @@ class Run:
 
     def restore(self, at, tally, parts):
         """Puts the checkpoint back into what `checkpoint` was given; of `parts` into those that it holds."""
-        at.update({name: copied(self.resumed[name], self.device) for name in at})
-        tally.update(copied(self.resumed["tally"], self.device))
-        for name, part in parts.items():
-            if name in self.resumed:
-                part.load_state_dict(self.resumed[name])
+        try:
+            at.update({name: copied(self.resumed[name], self.device) for name in at})
+            tally.update(copied(self.resumed["tally"], self.device))
+            for name, part in parts.items():
+                if name in self.resumed:
+                    part.load_state_dict(self.resumed[name])
+        except (*DAMAGE, RuntimeError) as error:  # torch's, of other sizes
+            refuse(f"{self.out_dir / NEWEST} does not fit the run's settings ({brief(error)})")
         self.spent = self.resumed["seconds"]
         self.resumed = {name: self.resumed[name] for name in ("files", "reports", "sources")}  # no more of it
 
