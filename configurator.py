@@ -82,6 +82,7 @@ def parse_value(name, text, default, choices):
     if isinstance(default, str):
         if choices and text not in choices:
             refuse(f"{name}={text!r} is not one of " + ", ".join(f'"{c}"' for c in choices))
+        refuse_if("\0" in text, f"{name}={text!r} has a character of number 0, which no name and no text has")
         path = os.path.expanduser(text) if name in PATHS else text
         refuse_if(name in PATHS and path[:1] == "~", f"{name}={text!r}: there is no such user's home folder")
         return path
@@ -217,7 +218,8 @@ def check_common(settings):
     refuse_if(share >= 1, f"ema_decay={share} must be below 1: it is the share of the old weights that stays")
     refuse_if(left > 1, f"decay={left} must be at most 1: it is the share of the learning rate that is left")
     for name in ("critic_rate", "scalar_rate"):
-        refuse_if(settings.get(name, 0) > 1e30, f"{name}={settings.get(name)} is above what a step can be, 1e30")
+        rate = settings.get(name, 0)
+        refuse_if(rate > 1e30, f"{name}={rate} must be at most 1e30: beyond there are no float32 numbers")
     check_memory(settings)
     n_embd, n_head = settings["n_embd"], settings["n_head"]
     if n_embd % n_head or (n_embd // n_head) % 2:

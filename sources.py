@@ -63,7 +63,8 @@ def text_path(dataset):
         path.exists()
         str(path).encode("utf-8")
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a link to itself
-        refuse(f"dataset={dataset[:60]!r} cannot be a text ({brief(error)})")
+        advice = "; try it with PYTHONUTF8=1" if isinstance(error, UnicodeError) else ""
+        refuse(f"dataset={dataset[:60]!r} cannot be a text ({brief(error)}){advice}")
     size = len(os.fsencode(path.stem))
     refuse_if(size > NAME_BYTES, f"the name of {path} has {size} bytes; a text's may have {NAME_BYTES}")
     return path

@@ -75,6 +75,9 @@ def picture(steps, points, classes, shares):
 
 
 def main():
+    if sys.argv[1:]:
+        print(__doc__.strip())
+        raise SystemExit(0 if {"-h", "--help"} & set(sys.argv) else 2)
     steps, E, corpus = meta_phase()
     classes, unit = true_classes(corpus), torch.nn.functional.normalize(torch.stack(E), dim=-1)
     often = np.bincount(corpus.train[:TOKENS], minlength=len(classes))
