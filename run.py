@@ -6,6 +6,7 @@ was said at some evaluations), summary.json, curves.png, checkpoints (see checkp
 each hack and each alarm), sources/ (the script that ran, and the modules of the project that it imported).
 """
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -141,10 +142,9 @@ class Run:
                 refuse(f"out_dir={str(self.out_dir)!r}: {free / 1e6:.0f} MB are free there and the run needs "
                        f"about {need_bytes / 1e6:.0f} MB; free some or choose another --out_dir")
             if self.settings["wandb_log"] != "no":  # before anything is touched: it may refuse
-                from tracker import Tracker
-                ids = json.loads((self.out_dir / "wandb.json").read_bytes()) if self.resumed else None
-                mode, settings = self.settings["wandb_log"], self.settings
-                self.tracker = Tracker(mode, self.out_dir, settings, self.stage, ids)
+                from tracker import Tracker, ids_of
+                ids, mode = ids_of(self.out_dir) if self.resumed else None, self.settings["wandb_log"]
+                self.tracker = Tracker(mode, self.out_dir, self.settings, self.stage, ids)
             self._move_aside()
             self.out_dir.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -197,11 +197,12 @@ class Run:
             report = re.fullmatch(r"(\.?)(\d+)\.(md|png)(\.tmp)?", path.name)  # a kill may leave .001.md.tmp
             if report and (report[1] or int(report[2]) > self.resumed["reports"]):
                 path.unlink()
-        if self.resumed["sources"] != self.sources()[1]:
+        if self.resumed["sources"] != self.sources[1]:
             self.say("the project's code has changed since the run was begun; it goes on with that of today")
 
+    @functools.cached_property
     def sources(self):
-        """(the script and the modules beside it that it imported, sorted paths; their sha256)."""
+        """(the script and the modules beside it that it imported, sorted paths; their sha256), at first use."""
         folder = self.script.resolve().parent
         files = [str(self.script), *(getattr(m, "__file__", None) for m in list(sys.modules.values()))]
         paths = {Path(f).resolve() for f in files if isinstance(f, str)} | {folder / "page.html"}
@@ -211,7 +212,7 @@ class Run:
     def _keep_sources(self):
         kept = self.out_dir / "sources"
         kept.mkdir(exist_ok=True)
-        for path in self.sources()[0]:
+        for path in self.sources[0]:
             shutil.copy(path, kept)
 
     def write(self, name, write):
@@ -253,7 +254,7 @@ class Run:
             files = {n: ((self.out_dir / n).stat().st_size, self.hashes[n].hexdigest()) for n in GROWING}
             saved = {name: part.state_dict() for name, part in parts.items()}
             self.writer.write(dict(at, tally=tally, format=FORMAT, stage=self.stage, config=self.settings,
-                                   files=files, reports=self.last_report(), sources=self.sources()[1],
+                                   files=files, reports=self.last_report(), sources=self.sources[1],
                                    seconds=self.seconds(), **saved))
         if self.stop_signal:
             self.stop()
@@ -321,7 +322,7 @@ class Run:
                              capture_output=True, text=True) if shutil.which("git") else None
         machine = f"{platform.system()} {platform.machine()}, {self.device.type}, {self.ranks} ranks"
         return dict(date=datetime.datetime.now().isoformat(timespec="seconds"), seconds=self.seconds(),
-                    commit=git.stdout.strip() or None if git else None, sources_sha256=self.sources()[1],
+                    commit=git.stdout.strip() or None if git else None, sources_sha256=self.sources[1],
                     python=platform.python_version(), torch=torch.__version__, machine=machine)
 
     def finish(self, summary, draw, write_page):
@@ -406,6 +407,7 @@ def open_run(scope, self_phase=()):
     scope.update(settings)
     check_common(settings)
     run = Run(stage, settings, scope, resumed)
-    changed = {k: v for k, v in settings.items() if v != defaults_of(scope)[k] and k != "out_dir"}
+    default = defaults_of(scope)
+    changed = {k: v for k, v in settings.items() if v != default[k] and k != "out_dir"}
     run.say("  ".join(f"{k}={v}" for k, v in changed.items()) or "all settings are the defaults")
     return run

@@ -1,9 +1,20 @@
 """
 A run on Weights & Biases: a wandb run for each arm, in one group, over the arm's own steps.
 """
+import json
 import uuid
 
 from configurator import refuse
+from sources import DAMAGE
+
+
+def ids_of(folder):
+    """The ids that the run in `folder` goes on in, or None if it was not shown to wandb before."""
+    path = folder / "wandb.json"
+    try:
+        return dict(group="" + json.loads(path.read_bytes())["group"]) if path.exists() else None
+    except DAMAGE as error:
+        refuse(f"{path} is damaged ({type(error).__name__}); delete it, to go on in new runs of wandb")
 
 
 class Tracker:

@@ -43,6 +43,7 @@ from checkpoints import read_checkpoint, read_end
 from configurator import read_settings
 from corpus import corpus_id, open_corpus
 from run import Run
+from tracker import ids_of
 
 COMMON = ("--n_embd=16 --n_head=2 --n_layer=2 --block_size=16 --batch_size=4 --eval_windows=4 "
           "--eval_interval=2 --save_interval=3 --warmup=2 --device=cpu --meta_steps=12 --self_steps=12")
@@ -59,7 +60,8 @@ VALUES = ([], {}, None, "null", "[]", "{}", "12", -1, 0, True, 1e308, "x" * 5000
 HUGE = "9" * 400
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["phases", "gists", "equations", "pool", "matplotlib.pyplot", "sample", "page"])
+CONTEXT.set_forkserver_preload(["torch._dynamo", "phases", "gists", "equations", "pool", "matplotlib.pyplot",
+                                "sample", "page"])
 
 
 # ---- a script in a process of its own, without the seconds of importing torch
@@ -314,7 +316,7 @@ def in_words(read):
 
 def taken_back(out, state):
     """The growing files as a resumed run finds them."""
-    fake = SimpleNamespace(out_dir=out, resumed=state, sources=lambda: (0, state["sources"]))
+    fake = SimpleNamespace(out_dir=out, resumed=state, sources=(0, state["sources"]))
     Run._take_back(fake)
     return [(out / name).read_bytes() for name in state["files"]]
 
@@ -347,6 +349,7 @@ def mutations(tally, tmp, rng, n):
     with contextlib.redirect_stdout(io.StringIO()):
         folder = prepare_data.prepare(str(text), 300, root).folder
     whole_run("self_ce", out)
+    (out / "wandb.json").write_text('{"group": "run-1234"}')
     state = read_checkpoint(out, "self_ce")
     state = {name: copy.deepcopy(value) for name, value in state.items()}  # the file will be written over
     corpus = lambda: corpus_of(text, root)
@@ -361,6 +364,7 @@ def mutations(tally, tmp, rng, n):
                  for name in ("summary.json", "config.json", "log.jsonl", "texts.jsonl", "ckpt.pt")),
                *((out / name, lambda: tool(plot.main, out), False, 0.05)
                  for name in ("summary.json", "log.jsonl")),
+               (out / "wandb.json", lambda: ids_of(out), False, 0.2),
                (out / "log.jsonl", lambda: sample.read_run(out)[0]["step"], False, 0.5)]
     total = sum(share for *_, share in readers)
     for path, read, exact, share in readers:
