@@ -165,7 +165,7 @@ class Run:
             refuse(f"out_dir={str(self.out_dir)!r} cannot be written to ({reason}); name another")
 
     def _move_aside(self):
-        held = {p.name for p in self.out_dir.glob("*")} - {".lock"}
+        held = {p.name for p in self.out_dir.glob("*")} - {".lock", ".config.json.tmp"}
         if self.resumed or not held:
             return
         if "config.json" not in held:
@@ -202,7 +202,7 @@ class Run:
 
     @functools.cached_property
     def sources(self):
-        """(the script and the modules beside it that it imported, sorted paths; their sha256), at first use."""
+        """(the script and the modules beside it that it imported, sorted paths; their sha256), at first."""
         folder = self.script.resolve().parent
         files = [str(self.script), *(getattr(m, "__file__", None) for m in list(sys.modules.values()))]
         paths = {Path(f).resolve() for f in files if isinstance(f, str)} | {folder / "page.html"}
@@ -366,7 +366,7 @@ class Run:
         default = defaults_of(dict(__file__=self.script))
         own = "self_learning_rate" if arm != "meta" else ""
         rates = [name for name in RATES if name in self.settings and name != "grad_clip"]
-        name = max(rates, key=lambda n: (self.settings[n] / (default[n] or 1), n == own))  # the likeliest cause
+        name = max(rates, key=lambda n: (self.settings[n] / (default[n] or 1), n == own))  # most likely it
         self.say(f"error: {what} at step {step} of {arm}; go on from the last checkpoint at a "
                  f"{name} below {self.settings[name]}:\n  {self.command} --{name}=...")
         self.close()

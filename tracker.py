@@ -39,7 +39,8 @@ class Tracker:
             self.run = self.wandb.init(
                 project="metalearn", group=group, id=f"{group}-{arm}", job_type=arm,
                 name=f"{self.folder.name} {arm}", tags=[self.stage, self.settings["dataset"]],
-                config=self.settings, mode=self.mode, dir=self.folder.parent, resume="allow", reinit="finish_previous")
+                config=self.settings, mode=self.mode, dir=self.folder.parent, resume="allow",
+                reinit="finish_previous")
         except Exception as error:  # no account, no network: wandb has its own kinds for each
             refuse(f"wandb_log={self.mode!r} could not start ({type(error).__name__}): `wandb login`, or use "
                    "--wandb_log=offline")

@@ -337,7 +337,7 @@ def main():
     if any((s["stage"], s["config"]["dataset"]) != (state["stage"], dataset) for s, _, _ in states):
         refuse("the runs of one call must be of one stage and one dataset: they are averaged")
     refuse_if(not spelled and dataset not in (NAME, "plays" if lay else "planted-facts"),
-              f"{names[0]} is a run of {state['stage']}.py on {dataset}, of which nothing is known to ask for")
+              f"{names[0]} is a run of {state['stage']}.py on {dataset}, of which nothing is asked")
     if lay and spelled:
         show("of a token's nearest, synonyms | share", [alike(name) for name in names])
     if lay and dataset == "plays":  # words, plays and speakers are told by the text as it was written

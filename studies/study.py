@@ -287,7 +287,7 @@ def refuse_other_settings(folder, words):
     try:
         saved = dict(json.loads((folder / "config.json").read_bytes()))
     except (OSError, ValueError, TypeError) as error:
-        refuse(f"{folder / 'config.json'} is unreadable ({type(error).__name__}); move the run away to run it anew")
+        refuse(f"{folder / 'config.json'} is unreadable ({type(error).__name__}); move the run away")
     asked = dict(word[2:].split("=", 1) for word in words)
     for name, value in asked.items():
         kept = saved.get(name)

@@ -4,14 +4,13 @@ What a run survives, tried: kills, damage, full disks, wrong uses, divergence, l
     python tests/faults.py            # all of it
     python tests/faults.py --quick    # about a minute
 
-A line for each kind: how often it was tried, survived, lost something (to be 0), and was answered badly (to be
-0): by a traceback, a hang, a message of more than two lines, or by silence where a refusal is due. Linux; the
-full disks are of a tmpfs where the user is root, else a limit on the size of files stands in.
+A line for each kind: how often it was tried, survived, lost something (to be 0), and was answered badly (to
+be 0): by a traceback, a hang, a message of more than two lines, or by silence where a refusal is due. Linux;
+the full disks are of a tmpfs where the user is root, else a limit on the size of files stands in.
 """
 import contextlib
 import copy
 import io
-import itertools
 import json
 import multiprocessing
 import os
@@ -98,8 +97,8 @@ def watch_changes(folder, at, kind, left):
     seen = []
 
     def hook(event, args):
-        written = event in CHANGES or event == "open" and isinstance(args[2], int) and args[2] & os.O_ACCMODE
-        if written and str(args[0]).startswith(folder):
+        opened = event == "open" and isinstance(args[2], int) and args[2] & os.O_ACCMODE
+        if (opened or event in CHANGES) and str(args[0]).startswith(folder):
             seen.append(args[0])
             if len(seen) == at:
                 strike_now(folder, kind, left)
@@ -122,7 +121,8 @@ def strike_now(folder, kind, left):
 
 
 def call(script, *words, cwd="/tmp", env={}, strike=None, timeout=60, kill_after=None):
-    """The Answer of a script of the project, or of a function. strike: see `watch_changes`. kill_after: seconds."""
+    """The Answer of a script of the project, or of a function. strike: see `watch_changes`; kill_after:
+    seconds."""
     pipes = [CONTEXT.Pipe(duplex=False) for _ in range(2)]
     process = CONTEXT.Process(target=child, args=(*(w for _, w in pipes), script, words, cwd, env, strike))
     process.start()
@@ -189,10 +189,11 @@ def differs(folder, whole):
     return [name for name in whole if found[name] != whole[name]]
 
 
-def whole_run(stage, out, *more):
+def whole_run(stage, out):
     """(what the run of a stage leaves, how many changes of files it makes, its seconds)."""
     began = time.monotonic()
-    answer = call(f"{stage}.py", *STAGES[stage].split(), *more, f"--out_dir={out}", strike=(str(out), 0, "", 0))
+    words = *STAGES[stage].split(), f"--out_dir={out}"
+    answer = call(f"{stage}.py", *words, strike=(str(out), 0, "", 0))
     assert answer.code == 0 and list((out / "hacks").glob("*.md")), answer
     return left_by(out), int(answer.out.rsplit("CHANGES ", 1)[1]), time.monotonic() - began
 
@@ -206,8 +207,9 @@ def kills(tally, tmp, rng, n):
             out = tmp / f"{stage}-{i}"
             words, told = [*STAGES[stage].split(), f"--out_dir={out}", "--resume=auto"], []
             for _ in range(rng.integers(1, 3)):
-                at = dict(strike=(str(out), int(rng.integers(1, changes + 1)), "kill", 0)) if rng.random() < 0.6 \
-                    else dict(kill_after=rng.uniform(0, seconds))
+                before = 1 + int(changes * rng.random() ** 2)  # more of them early
+                at = dict(strike=(str(out), before, "kill", 0))
+                at = at if rng.random() < 0.6 else dict(kill_after=rng.uniform(0, seconds))
                 told.append((at, call(f"{stage}.py", *words, **at).code))
                 if (out / "config.json").exists():
                     (out / "hacks").mkdir(exist_ok=True)
@@ -407,7 +409,7 @@ def full_disks(tally, tmp, rng, n):
             for i in range(n):
                 out, kind = disk / stage, how if i % 3 else "limit"
                 words = [*STAGES[stage].split(), f"--out_dir={out}", "--resume=auto"]
-                at, left = int(rng.integers(1, changes + 1)), int(rng.choice((0, 100, 5000, 20_000, 100_000)))
+                at, left = int(rng.integers(1, changes + 1)), int(rng.choice((0, 100, 5000, 100_000)))
                 full = call(f"{stage}.py", *words, strike=(str(out), at, kind, left))
                 (disk / "ballast").unlink(missing_ok=True)
                 named = str(out) in full.err or "out_dir" in full.err
@@ -424,7 +426,8 @@ def full_disks(tally, tmp, rng, n):
         held = lambda root: {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
         call(prepared, text, parts[1])
         for i in range(3 * n):
-            strike = (str(parts[0]), int(rng.integers(1, 20)), how if i % 2 else "limit", int(rng.integers(9999)))
+            at, left = int(rng.integers(1, 20)), int(rng.integers(9999))
+            strike = str(parts[0]), at, how if i % 2 else "limit", left
             full = call(prepared, text, parts[0], strike=strike)
             (disk / "ballast").unlink(missing_ok=True)
             last = call(prepared, text, parts[0])
@@ -439,7 +442,7 @@ def prepared(text, root):
 
 
 def things(here):
-    """What wrong uses name: a symlink to itself, a file, an empty folder, a text that is not UTF-8, a FIFO."""
+    """What wrong uses name: a link to itself, a file, an empty folder, texts that are none, FIFOs."""
     (here / "loop").symlink_to("loop")
     (here / "file").write_text("x" * 20)
     (here / "empty").mkdir()
@@ -458,7 +461,8 @@ def wrong_settings(stage):
         if isinstance(default, bool):
             wrong = ("maybe", "2", "")
         elif isinstance(default, str):
-            wrong = ("nosuch", "\udcff") if choices or name in ("arms", "controls", "device") else paths
+            listed = choices or name in ("arms", "controls", "device")
+            wrong = ("nosuch", "\udcff") if listed else paths
             wrong += ("empty", "latin.txt", "nul.txt", "fifo.txt", "folder", "") * (name == "dataset")
             wrong += ("empty", "other", "edited", "old") * (name in ("resume", "start", "critic_from"))
             wrong += ("begun",) * (name in ("start", "critic_from"))
@@ -477,8 +481,8 @@ TOOLS = [("sample.py", ["run", f"--prompt={prompt}"]) for prompt in PROMPTS] + [
     ("sample.py", ["run", "run"]), ("sample.py", ["run", f"--tokens={HUGE}"]), ("plot.py", ["run", "nosuch"]),
     ("plot.py", ["--nosuch"]), ("page.py", ["--nosuch"]), ("bench.py", ["4"]), ("bench.py", ["--quik"]),
     ("bench.py", ["1", "nosuch"]), ("studies/probe.py", ["gist", "nosuch"]), ("studies/probe.py", ["run"]),
-    ("studies/probe.py", ["gist", "gist2"]), ("studies/study.py", ["nosuch"]), ("studies/study.py", ["1", "2"]),
-    ("studies/study.py", ["1", "--lst"]), ("studies/report.py", ["nosuch"]), ("studies/verses.py", ["gist"]),
+    ("studies/probe.py", ["gist", "gist2"]), ("studies/study.py", ["nosuch"]),
+    ("studies/study.py", ["1", "2"]), ("studies/study.py", ["1", "--lst"]), ("studies/report.py", ["nosuch"]), ("studies/verses.py", ["gist"]),
     ("studies/classes.py", ["nosuch"]), ("prepare_data.py", ["--vocab=1"]), ("prepare_data.py", ["nosuch"]),
     ("prepare_data.py", [f"--vocab={HUGE}"]), ("prepare_data.py", ["--dataset=fineweb-edu-0M"])]
 
@@ -495,14 +499,8 @@ def wrong_uses(tally, tmp, rng, n):
         script, words, stage = cases[i]
         here.mkdir()
         things(here)
-        mine, other = dict(self_ce=("run", "gist"), gist_bottleneck=("gist", "run"), meta_gist=("meta", "run"))[stage]
-        if any(word.split("=")[-1] in ("other", "begun", "edited", "old", "run", "gist", "broken") for word in words):
-            for name in ("run", "gist"):
-                shutil.copytree(runs / name, here / name)
-            shutil.copytree(runs / other, here / "other")
-            for name in ("begun", "edited", "old", "broken"):
-                shutil.copytree(runs / mine, here / name)
-            edit(here, stage)
+        if any(word.split("=")[-1] in LENT for word in words):
+            lend(runs, here, stage)
         before = {p: p.lstat().st_mtime_ns for p in here.rglob("*") if "__pycache__" not in str(p)}
         answer = call(script, *words, cwd=here, timeout=10)
         after = {p: p.lstat().st_mtime_ns for p in here.rglob("*") if "__pycache__" not in str(p)}
@@ -514,8 +512,16 @@ def wrong_uses(tally, tmp, rng, n):
         shutil.rmtree(here)
 
 
-def edit(here, stage):
-    """Checkpoints: in the meta phase, of other sizes, of older code; and a run whose files hold no run's values."""
+LENT = "run", "gist", "other", "begun", "edited", "old", "broken"
+
+
+def lend(runs, here, stage):
+    """Copies of runs: as they are; of another stage; of this one with a checkpoint in the meta phase, of
+    other sizes, of older code; and with files that hold no run's values."""
+    mine = dict(self_ce="run", gist_bottleneck="gist", meta_gist="meta")[stage]
+    other = "gist" if mine == "run" else "run"
+    for name, of in zip(LENT, ("run", "gist", other, mine, mine, mine, mine)):
+        shutil.copytree(runs / of, here / name)
     path = lambda name: here / name / "ckpt.pt"
     state = torch.load(path("edited"), weights_only=True)
     old = {k: v for k, v in state["config"].items() if k != "decay"}
@@ -537,12 +543,14 @@ def divergence(tally, tmp, rng, n):
     for stage in STAGES:
         for given in (RATES + OF_STAGE[stage])[:n]:
             out = tmp / f"{stage}-{'-'.join(given)}"
-            first = call(f"{stage}.py", *STAGES[stage].split(), *(f"--{word}" for word in given), f"--out_dir={out}")
-            state, line = torch.load(out / "ckpt.pt", weights_only=True), first.out.rstrip().splitlines()[-1]
-            fine = all(torch.isfinite(t).all() for part in ("learner", "critic") for t in state[part].values())
+            rates = [f"--{word}" for word in given]
+            first = call(f"{stage}.py", *STAGES[stage].split(), *rates, f"--out_dir={out}")
+            state = torch.load(out / "ckpt.pt", weights_only=True)
+            weights = [t for part in ("learner", "critic") for t in state[part].values()]
+            fine = all(torch.isfinite(t).all() for t in weights)
             last = Answer(0, "", "")
             if first.code == 3:
-                _, script, *words = shlex.split(line)
+                _, script, *words = shlex.split(first.out.rstrip().splitlines()[-1])
                 last = call(script, *(w.replace("=...", "=1e-4") for w in words), timeout=60)
             finite = first.code == 3 or np.isfinite([row["gold_nats"] for row in log(out)]).all()
             tally.add(f"{stage} {given}", lost=not fine or not finite, told=(first, last),
@@ -560,12 +568,13 @@ def statistics(tally, tmp, rng, n):
                  f"--out_dir={out}", "--learning_rate=1e-3", timeout=300)
             vocab = json.loads((out / "config.json").read_text())["vocab"]
             for row in log(out):
-                shares = [row[k] for k in ("agreement", "echo", "target_top", "agreement_probe") if row.get(k)]
-                entropies = [row[k] for k in ("target_entropy", "output_entropy") if row.get(k)]
-                off = abs(row["proxy"] - row["surprise"]) / row["surprise"] \
-                    if row["arm"] == "real" and row["proxy"] is not None else 0
-                wrong = max([*shares, 0]) > 1 or max([*entropies, 0]) > np.log(vocab) * (1 + 1e-5) or off > 1e-4
-                tally.add(f"{stage} every {every}", lost=wrong, told=(shares, entropies, off, row["arm"], row["step"]))
+                columns = lambda names: [row.get(name) or 0 for name in names.split()]
+                shares = columns("agreement echo target_top agreement_probe")
+                entropies = columns("target_entropy output_entropy")
+                proxy, surprise = columns("proxy surprise") if row["arm"] == "real" else (0, 0)
+                wrong = (max(shares) > 1 or max(entropies) > np.log(vocab) * (1 + 1e-5)
+                         or abs(proxy - surprise) > 1e-4 * surprise)
+                tally.add(f"{stage} every {every}", lost=wrong, told=row)
 
 
 LETTERS = "Größe λόγος слово 語 \U0001f600 "
@@ -583,8 +592,8 @@ def locales(tally, tmp, rng, n):
             for stage in STAGES:
                 out = tmp / f"lauf-ö-{stage}"
                 words = [*STAGES[stage].split(), f"--dataset={text}", "--vocab=256", f"--out_dir={out}"]
-                commands += [[f"{stage}.py", "--help"], [f"{stage}.py", *words], ["page.py", out], ["plot.py", out],
-                             ["sample.py", out, "--prompt=Größe", "--tokens=5"]]
+                commands += [[f"{stage}.py", "--help"], [f"{stage}.py", *words], ["page.py", out],
+                             ["plot.py", out], ["sample.py", out, "--prompt=Größe", "--tokens=5"]]
             for script, *words in commands[:5] if n == 1 else commands:
                 done = subprocess.run([sys.executable, ROOT / script, *words], env=env, capture_output=True,
                                       timeout=120)
@@ -602,13 +611,15 @@ def no_compiler(tally, tmp, rng, n):
         here = tmp / stage
         here.mkdir()
         env = dict(CXX="/nonexistent", PATH="/nonexistent", TORCHINDUCTOR_CACHE_DIR=str(tmp / "cache"))
-        answer = call(f"{stage}.py", *STAGES[stage].split(), "--compile=true", "--out_dir=out", cwd=here, env=env)
+        words = *STAGES[stage].split(), "--compile=true", "--out_dir=out"
+        answer = call(f"{stage}.py", *words, cwd=here, env=env)
         tally.refusal(stage, answer, not list(here.iterdir()))
 
 
-KINDS = {"kills": (kills, 2, 12), "two ranks": (ranks, 0, 6), "damage": (mutations, 300, 10_000),
-         "full disks": (full_disks, 2, 12), "wrong uses": (wrong_uses, 60, 10_000), "divergence": (divergence, 1, 9),
-         "bfloat16": (statistics, 30, 600), "locales": (locales, 1, 3), "no compiler": (no_compiler, 1, 1)}
+KINDS = {"kills": (kills, 2, 24), "two ranks": (ranks, 0, 6), "damage": (mutations, 300, 10_000),
+         "full disks": (full_disks, 2, 12), "wrong uses": (wrong_uses, 60, 10_000),
+         "divergence": (divergence, 1, 9), "bfloat16": (statistics, 30, 600), "locales": (locales, 1, 3),
+         "no compiler": (no_compiler, 1, 1)}
 
 
 def main():
@@ -632,7 +643,8 @@ def main():
 
 def show(name, figures, began):
     tried, survived, lost, badly = figures
-    print(f"{name:<20} {tried:>7} {survived:>9} {lost:>5} {badly:>15} {time.monotonic() - began:>8.0f}", flush=True)
+    seconds = time.monotonic() - began
+    print(f"{name:<20} {tried:>7} {survived:>9} {lost:>5} {badly:>15} {seconds:>8.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ import pytest
 import faults
 
 
-@pytest.mark.parametrize("kind, tries", [("kills", 1), ("damage", 300), ("wrong uses", 25), ("no compiler", 1)])
+@pytest.mark.parametrize("kind, tries", [
+    ("kills", 1), ("damage", 300), ("wrong uses", 25), ("no compiler", 1)])
 def test_what_goes_wrong_loses_nothing_and_is_answered_in_two_lines(tmp_path, kind, tries):
     tally = faults.Tally()
     faults.KINDS[kind][0](tally, tmp_path, np.random.default_rng(0), tries)
