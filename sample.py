@@ -35,7 +35,7 @@ def read_run(folder):
     try:
         first = (Path(folder) / "log.jsonl").read_text(encoding="utf-8").partition("\n")[0]
         state = read_checkpoint(folder, json.loads(first)["stage"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         refuse(f"{folder!r} is no run with a log.jsonl; first name the folder of one, such as out/self_ce")
     if state["snapshot"] is None:
         refuse(f"{folder} has not finished its meta phase; go on with it by --resume={folder}")
