@@ -6,6 +6,7 @@ Checkpoints: written whole or not at all, by a thread while the run goes on; rea
     ends/<arm>.pt     the learner's weights at an arm's end
 """
 import os
+import shlex
 import threading
 import time
 import zipfile
@@ -49,6 +50,13 @@ def write_whole(path, write, before=None):
         raise error if isinstance(error, OSError) else OSError(*error.args) from error
 
 
+def cannot_write(path, folder, error):
+    """Refuses to go on with the run in `folder`, and names the way on."""
+    there = any((folder / name).exists() for name in (NEWEST, BEFORE))
+    way = f"--resume={shlex.quote(str(folder))}" if there else "give the same command again"
+    refuse(f"{path} could not be written ({error}); once it can: {way}")
+
+
 class Writer:
     """Writes the checkpoints of a folder, one at a time; a run waits for one no longer than a copy takes."""
 
@@ -81,8 +89,7 @@ class Writer:
         if self.thread:
             self.thread.join()
         if self.error:
-            refuse(f"{self.folder / NEWEST} could not be written ({self.error}); once it can: "
-                   f"--resume={self.folder}")
+            cannot_write(self.folder / NEWEST, self.folder, self.error)
 
 
 def load(path):
@@ -114,7 +121,17 @@ def read_checkpoint(folder, stage, name=NEWEST):
         refuse(f"{path} is no checkpoint of this project, or of an earlier format than {FORMAT}")
     if state["stage"] != stage:
         refuse(f"{path} is a checkpoint of {state['stage']}.py, and one of {stage}.py is needed here")
+    for weights in (state.get("learner"), (state.get("snapshot") or {}).get("learner")):
+        if isinstance(weights, dict) and not fits(weights, state["config"]):
+            refuse(f"{path} holds weights of other sizes than its settings; one of both was altered")
     return state
+
+
+def fits(weights, config):
+    """Whether weights of a GPT, by name, have the sizes of a run's settings."""
+    table, blocks = weights["embed.weight"], {name.split(".")[1] for name in weights if name[:6] == "blocks"}
+    sizes = len(table) - config.get("n_gist", 0) - 1, table.size(1), len(blocks)
+    return sizes == (config["vocab"], config["n_embd"], config["n_layer"])
 
 
 def whole_before(path, before):

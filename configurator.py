@@ -82,6 +82,7 @@ def parse_value(name, text, default, choices):
     if isinstance(default, str):
         if choices and text not in choices:
             refuse(f"{name}={text!r} is not one of " + ", ".join(f'"{c}"' for c in choices))
+        refuse_if("\0" in text, f"{name}={text!r} has a character of number 0, which no name and no text has")
         path = os.path.expanduser(text) if name in PATHS else text
         refuse_if(name in PATHS and path[:1] == "~", f"{name}={text!r}: there is no such user's home folder")
         return path
@@ -221,6 +222,9 @@ def check_common(settings):
     share, left = settings.get("ema_decay", 0), settings.get("decay", 1)
     refuse_if(share >= 1, f"ema_decay={share} must be below 1: it is the share of the old weights that stays")
     refuse_if(left > 1, f"decay={left} must be at most 1: it is the share of the learning rate that is left")
+    for name in ("critic_rate", "scalar_rate"):
+        rate = settings.get(name, 0)
+        refuse_if(rate > 1e30, f"{name}={rate} must be at most 1e30: beyond there are no float32 numbers")
     check_memory(settings)
     n_embd, n_head = settings["n_embd"], settings["n_head"]
     if n_embd % n_head or (n_embd // n_head) % 2:

@@ -25,6 +25,7 @@ from configurator import read_settings, refuse
 from corpus import open_corpus
 from hacks import reports, spell, texts_of
 from plot import colours, read_rows
+from sources import DAMAGE, brief
 from watch import arms_table, new_track, summarise, track_gold
 
 HERE = Path(__file__).parent
@@ -239,6 +240,8 @@ def main():
         print(write_page(folders[0]))
     except OSError as error:
         refuse(f"{error.filename or 'report.html'} could not be written ({error.strerror})")
+    except DAMAGE as error:
+        refuse(f"{', '.join(folders)}: a file of the run holds what no run writes ({brief(error)})")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import FREE_ON_RESUME, refuse
+from sources import DAMAGE, brief
 
 COLOUR = dict(meta="0.6", real="k", first="0.4", frozen="tab:green", frozen_first="tab:olive",
               ema="tab:blue", self="tab:red", shuffled="tab:purple", sharpen="tab:orange",
@@ -225,6 +226,8 @@ def main():
         path, text = draw_runs(folders)
     except OSError as error:
         refuse(f"{error.filename or 'curves.png'} could not be written ({error.strerror})")
+    except DAMAGE as error:
+        refuse(f"{', '.join(folders)}: a file of the run holds what no run writes ({brief(error)})")
     print(f"{text}\ndrawn in {path}")
 
 

@@ -6,6 +6,7 @@ was said at some evaluations), summary.json, curves.png, checkpoints (see checkp
 each hack and each alarm), sources/ (the script that ran, and the modules of the project that it imported).
 """
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -24,27 +25,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checkpoints import FORMAT, NEWEST, Writer, copied, read_checkpoint, read_end, run_of, write_whole
-from configurator import check_common, configure, defaults_of, keep_saved, refuse, taken_from
+from checkpoints import (FORMAT, NEWEST, Writer, cannot_write, copied, read_checkpoint, read_end,
+                         run_of, write_whole)
+from configurator import RATES, check_common, configure, defaults_of, keep_saved, refuse, taken_from
+from devices import check_compiler, choose_device
 from locks import lock
 from progress import Progress
 from ranks import meet, watch_refusals
+from sources import DAMAGE, brief
 
+LOST = 1000  # times as many nats as a guess costs: from there no learning rate leads back
 GROWING = ("log.jsonl", "samples.txt", "texts.jsonl")  # resuming cuts them to their length at the checkpoint
-
-
-def choose_device(name, dtype, local_rank):
-    """(torch.device, reason) for `name` in "auto" | "cuda" | "mps" | "cpu"; refuses what is not there."""
-    has = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    there = [k for k in has if has[k]]
-    if name not in ("auto", *there):
-        refuse(f"device={name!r} is not there on this machine, which has {' and '.join(there)}")
-    kind, reason = (there[0], "the best there is") if name == "auto" else (name, "asked for")
-    if kind == "mps" and dtype == "float64":
-        refuse('dtype="float64" does not exist on device "mps"; use --device=cpu or --dtype=float32')
-    if kind == "cuda" and local_rank >= torch.cuda.device_count():
-        refuse(f"nproc_per_node is above the {torch.cuda.device_count()} GPUs of this machine")
-    return torch.device(f"cuda:{local_rank}" if kind == "cuda" else kind), reason
 
 
 class Run:
@@ -65,6 +56,8 @@ class Run:
         if settings["eval_windows"] % self.ranks:
             refuse(f"eval_windows={settings['eval_windows']} must be a multiple of the {self.ranks} ranks")
         self.device, reason = choose_device(settings["device"], settings["dtype"], self.local_rank)
+        if settings.get("compile"):
+            check_compiler(self.device)
         self.dtype = getattr(torch, settings["dtype"])
         self.weight_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.out_dir, self.resumed, self.began = Path(settings["out_dir"]), resumed, time.time()
@@ -150,10 +143,9 @@ class Run:
                 refuse(f"out_dir={str(self.out_dir)!r}: {free / 1e6:.0f} MB are free there and the run needs "
                        f"about {need_bytes / 1e6:.0f} MB; free some or choose another --out_dir")
             if self.settings["wandb_log"] != "no":  # before anything is touched: it may refuse
-                from tracker import Tracker
-                ids = json.loads((self.out_dir / "wandb.json").read_bytes()) if self.resumed else None
-                mode, settings = self.settings["wandb_log"], self.settings
-                self.tracker = Tracker(mode, self.out_dir, settings, self.stage, ids)
+                from tracker import Tracker, ids_of
+                ids, mode = ids_of(self.out_dir) if self.resumed else None, self.settings["wandb_log"]
+                self.tracker = Tracker(mode, self.out_dir, self.settings, self.stage, ids)
             self._move_aside()
             self.out_dir.mkdir(parents=True, exist_ok=True)
             self._take_lock()
@@ -174,7 +166,7 @@ class Run:
             refuse(f"out_dir={str(self.out_dir)!r} cannot be written to ({reason}); name another")
 
     def _move_aside(self):
-        held = {p.name for p in self.out_dir.glob("*")} - {".lock"}
+        held = {p.name for p in self.out_dir.glob("*")} - {".lock", ".config.json.tmp"}
         if self.resumed or not held:
             return
         if "config.json" not in held:
@@ -206,11 +198,12 @@ class Run:
             report = re.fullmatch(r"(\.?)(\d+)\.(md|png)(\.tmp)?", path.name)  # a kill may leave .001.md.tmp
             if report and (report[1] or int(report[2]) > self.resumed["reports"]):
                 path.unlink()
-        if self.resumed["sources"] != self.sources()[1]:
+        if self.resumed["sources"] != self.sources[1]:
             self.say("the project's code has changed since the run was begun; it goes on with that of today")
 
+    @functools.cached_property
     def sources(self):
-        """(the script and the modules beside it that it imported, sorted paths; their sha256)."""
+        """(the script and the modules beside it that it imported, sorted paths; their sha256), at first."""
         folder = self.script.resolve().parent
         files = [str(self.script), *(getattr(m, "__file__", None) for m in list(sys.modules.values()))]
         paths = {Path(f).resolve() for f in files if isinstance(f, str)} | {folder / "page.html"}
@@ -220,7 +213,7 @@ class Run:
     def _keep_sources(self):
         kept = self.out_dir / "sources"
         kept.mkdir(exist_ok=True)
-        for path in self.sources()[0]:
+        for path in self.sources[0]:
             shutil.copy(path, kept)
 
     def write(self, name, write):
@@ -228,8 +221,7 @@ class Run:
         try:
             write_whole(self.out_dir / name, write)
         except OSError as error:
-            refuse(f"{self.out_dir / name} could not be written ({error}); once it can: "
-                   f"--resume={self.out_dir}")
+            cannot_write(self.out_dir / name, self.out_dir, error)
 
     def write_json(self, name, value):
         if self.first:
@@ -240,8 +232,10 @@ class Run:
         return self.stopping(step) or step % self.settings["save_interval"] == 0
 
     def is_finite(self, gold, arm, step):
-        """True, or the end of a run whose gold, (nats a token, bits a byte), is not finite."""
-        return math.isfinite(gold[0]) or self.stop_not_finite("gold", arm, step)
+        """True, or the end of a run whose gold, (nats a token, bits a byte), is not finite, or as good as."""
+        worst, told = LOST * math.log(self.settings.get("vocab", 2)), f"{gold[0]:.3g} nats"
+        what = f"gold is {told if math.isfinite(gold[0]) else 'not finite'}"
+        return gold[0] < worst or self.stop_diverged(what, arm, step)
 
     def checkpoint(self, step, at, tally, parts, last=False):
         """Writes ckpt.pt, unless the one before is still being written, and stops if asked to.
@@ -255,24 +249,27 @@ class Run:
         modules = [part for part in parts.values() if isinstance(part, torch.nn.Module)]
         weights = [p for module in modules for p in module.parameters()]
         if not all(torch.isfinite(t).all() for t in (*weights, *tally.values())):
-            self.stop_not_finite("a weight or the loss", at["arm"], step)
+            self.stop_diverged("a weight or the loss is not finite", at["arm"], step)
         at["step"] = step
         if self.first and (last or self.stop_signal or self.writer.due()):
             files = {n: ((self.out_dir / n).stat().st_size, self.hashes[n].hexdigest()) for n in GROWING}
             saved = {name: part.state_dict() for name, part in parts.items()}
             self.writer.write(dict(at, tally=tally, format=FORMAT, stage=self.stage, config=self.settings,
-                                   files=files, reports=self.last_report(), sources=self.sources()[1],
+                                   files=files, reports=self.last_report(), sources=self.sources[1],
                                    seconds=self.seconds(), **saved))
         if self.stop_signal:
             self.stop()
 
     def restore(self, at, tally, parts):
         """Puts the checkpoint back into what `checkpoint` was given; of `parts` into those that it holds."""
-        at.update({name: copied(self.resumed[name], self.device) for name in at})
-        tally.update(copied(self.resumed["tally"], self.device))
-        for name, part in parts.items():
-            if name in self.resumed:
-                part.load_state_dict(self.resumed[name])
+        try:
+            at.update({name: copied(self.resumed[name], self.device) for name in at})
+            tally.update(copied(self.resumed["tally"], self.device))
+            for name, part in parts.items():
+                if name in self.resumed:
+                    part.load_state_dict(self.resumed[name])
+        except (*DAMAGE, RuntimeError) as error:  # torch's, of other sizes
+            refuse(f"{self.out_dir / NEWEST} does not fit the run's settings ({brief(error)})")
         self.spent = self.resumed["seconds"]
         self.resumed = {name: self.resumed[name] for name in ("files", "reports", "sources")}  # no more of it
 
@@ -299,7 +296,8 @@ class Run:
     def log(self, row):
         """Appends a row to log.jsonl (and wandb). A number in it that is not finite ends the run."""
         if not all(math.isfinite(v) for v in row.values() if isinstance(v, float)):
-            self.stop_not_finite("what is logged", row["arm"], row["step"])
+            self.stop_diverged("what is logged is not finite", row["arm"], row["step"])
+        self.is_finite((row.get("gold_nats", 0.0),), row["arm"], row["step"])
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
         self.append("log.jsonl", json.dumps(rounded) + "\n")
         if self.tracker:
@@ -313,8 +311,7 @@ class Run:
                 self.files[name].write(data)
                 self.files[name].flush()
             except OSError as error:
-                refuse(f"{self.out_dir / name} could not be written ({error}); once it can: "
-                       f"--resume={self.out_dir}")
+                cannot_write(self.out_dir / name, self.out_dir, error)
             self.hashes[name].update(data)
 
     def last_report(self):
@@ -332,7 +329,7 @@ class Run:
                              capture_output=True, text=True) if shutil.which("git") else None
         machine = f"{platform.system()} {platform.machine()}, {self.device.type}, {self.ranks} ranks"
         return dict(date=datetime.datetime.now().isoformat(timespec="seconds"), seconds=self.seconds(),
-                    commit=git.stdout.strip() or None if git else None, sources_sha256=self.sources()[1],
+                    commit=git.stdout.strip() or None if git else None, sources_sha256=self.sources[1],
                     python=platform.python_version(), torch=torch.__version__, machine=machine)
 
     def finish(self, summary, draw, write_page):
@@ -371,11 +368,14 @@ class Run:
         self.close()
         raise SystemExit(128 + self.stop_signal)
 
-    def stop_not_finite(self, what, arm, step):
-        """Ends a run in which something is NaN or infinite; the checkpoint before it stays."""
-        rate = self.settings["learning_rate"]
-        self.say(f"error: {what} is not finite at step {step} of {arm}; go on from the last checkpoint at a "
-                 f"learning_rate below {rate}:\n  {self.command} --learning_rate=...")
+    def stop_diverged(self, what, arm, step):
+        """Ends a run in which something is NaN, infinite or as good as; the checkpoint before it stays."""
+        default = defaults_of(dict(__file__=self.script))
+        own = "self_learning_rate" if arm != "meta" else ""
+        rates = [name for name in RATES if name in self.settings and name != "grad_clip"]
+        name = max(rates, key=lambda n: (self.settings[n] / (default[n] or 1), n == own))  # most likely it
+        self.say(f"error: {what} at step {step} of {arm}; go on from the last checkpoint at a "
+                 f"{name} below {self.settings[name]}:\n  {self.command} --{name}=...")
         self.close()
         raise SystemExit(3)
 
@@ -414,6 +414,7 @@ def open_run(scope, self_phase=()):
     scope.update(settings)
     check_common(settings)
     run = Run(stage, settings, scope, resumed)
-    changed = {k: v for k, v in settings.items() if v != defaults_of(scope)[k] and k != "out_dir"}
+    default = defaults_of(scope)
+    changed = {k: v for k, v in settings.items() if v != default[k] and k != "out_dir"}
     run.say("  ".join(f"{k}={v}" for k, v in changed.items()) or "all settings are the defaults")
     return run

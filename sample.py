@@ -35,7 +35,7 @@ def read_run(folder):
     try:
         first = (Path(folder) / "log.jsonl").read_text(encoding="utf-8").partition("\n")[0]
         state = read_checkpoint(folder, json.loads(first)["stage"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         refuse(f"{folder!r} is no run with a log.jsonl; first name the folder of one, such as out/self_ce")
     if state["snapshot"] is None:
         refuse(f"{folder} has not finished its meta phase; go on with it by --resume={folder}")
@@ -105,12 +105,12 @@ def main():
     configure(globals())
     state, corpus = read_run(folder)
     chunk = state["config"]["chunk"] if state["stage"] == "gist_bottleneck" else 0
-    model = model_of(state["config"], weights_of(folder, state, arm, chunk and how == "full"))
+    model = model_of(state["config"], weights_of(folder, state, arm, how == "full"))
     try:
-        text = Path(prompt).read_text(encoding="utf-8") if os.path.isfile(prompt) else prompt
-    except (OSError, ValueError) as error:
-        refuse(f"prompt={prompt!r} is a file that cannot be read as UTF-8 ({type(error).__name__})")
-    ids = encode(corpus, text)
+        data = Path(prompt).read_bytes() if os.path.isfile(prompt) else os.fsencode(prompt)
+        ids = encode(corpus, data.decode("utf-8"))
+    except (OSError, UnicodeError) as error:
+        refuse(f"prompt={prompt!r} cannot be read as UTF-8 ({type(error).__name__})")
     written, kept, ms = go_on(model, ids, tokens, temperature, seed, chunk, how == "gist")
     print(decode(corpus.encoding, ids + written))
     if chunk:

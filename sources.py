@@ -47,6 +47,10 @@ def source_of(dataset):
     return SOURCES[FINEWEB] if stream_tokens(dataset) else SOURCES.get(dataset)
 
 
+# What comes of values that a file should not hold, such as a list for a number.
+DAMAGE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
 def brief(error):
     """What an exception says, in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:NAME_BYTES]}"
@@ -59,7 +63,8 @@ def text_path(dataset):
         path.exists()
         str(path).encode("utf-8")
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a link to itself
-        refuse(f"dataset={dataset[:60]!r} cannot be a text ({brief(error)})")
+        advice = "; try it with PYTHONUTF8=1" if isinstance(error, UnicodeError) else ""
+        refuse(f"dataset={dataset[:60]!r} cannot be a text ({brief(error)}){advice}")
     size = len(os.fsencode(path.stem))
     refuse_if(size > NAME_BYTES, f"the name of {path} has {size} bytes; a text's may have {NAME_BYTES}")
     return path

@@ -1,9 +1,20 @@
 """
 A run on Weights & Biases: a wandb run for each arm, in one group, over the arm's own steps.
 """
+import json
 import uuid
 
 from configurator import refuse
+from sources import DAMAGE
+
+
+def ids_of(folder):
+    """The ids that the run in `folder` goes on in, or None if it was not shown to wandb before."""
+    path = folder / "wandb.json"
+    try:
+        return dict(group="" + json.loads(path.read_bytes())["group"]) if path.exists() else None
+    except DAMAGE as error:
+        refuse(f"{path} is damaged ({type(error).__name__}); delete it, to go on in new runs of wandb")
 
 
 class Tracker:
@@ -28,7 +39,8 @@ class Tracker:
             self.run = self.wandb.init(
                 project="metalearn", group=group, id=f"{group}-{arm}", job_type=arm,
                 name=f"{self.folder.name} {arm}", tags=[self.stage, self.settings["dataset"]],
-                config=self.settings, mode=self.mode, dir=self.folder.parent, resume="allow", reinit="finish_previous")
+                config=self.settings, mode=self.mode, dir=self.folder.parent, resume="allow",
+                reinit="finish_previous")
         except Exception as error:  # no account, no network: wandb has its own kinds for each
             refuse(f"wandb_log={self.mode!r} could not start ({type(error).__name__}): `wandb login`, or use "
                    "--wandb_log=offline")

@@ -17,6 +17,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the project's modules
 import phases
+from configurator import refuse_if
 from planted import true_classes
 from probe import share_alike
 
@@ -75,6 +76,9 @@ def picture(steps, points, classes, shares):
 
 
 def main():
+    if {"-h", "--help"} & set(sys.argv):
+        return print(__doc__.strip())
+    refuse_if(sys.argv[1:], f"{sys.argv[1:]} is not asked for: its settings stand in {__file__}")
     steps, E, corpus = meta_phase()
     classes, unit = true_classes(corpus), torch.nn.functional.normalize(torch.stack(E), dim=-1)
     often = np.bincount(corpus.train[:TOKENS], minlength=len(classes))

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules
 from checkpoints import read_end
-from configurator import refuse
+from configurator import refuse, refuse_if
 from corpus import decode, get_batch, val_windows, windows
 from gists import Space, layout, past_of, read, squared_distances, starts_of, vectors, whitening
 from model import adamw
@@ -336,6 +336,8 @@ def main():
     dataset, spelled = state["config"]["dataset"], corpus.encoding.spellings > 1
     if any((s["stage"], s["config"]["dataset"]) != (state["stage"], dataset) for s, _, _ in states):
         refuse("the runs of one call must be of one stage and one dataset: they are averaged")
+    refuse_if(not spelled and dataset not in (NAME, "plays" if lay else "planted-facts"),
+              f"{names[0]} is a run of {state['stage']}.py on {dataset}, of which nothing is asked")
     if lay and spelled:
         show("of a token's nearest, synonyms | share", [alike(name) for name in names])
     if lay and dataset == "plays":  # words, plays and speakers are told by the text as it was written

@@ -17,11 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's modules
 from configurator import nearest, refuse
-
-try:
-    import fcntl
-except ImportError:  # Windows has none: there a study must not be started twice
-    fcntl = None
+from locks import lock
 
 AT_ONCE = 2
 ROOT = Path(__file__).resolve().parent.parent
@@ -287,7 +283,10 @@ STUDIES = {
 
 def refuse_other_settings(folder, words):
     """Refuses a run of a point whose settings have changed since."""
-    saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        saved = dict(json.loads((folder / "config.json").read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        refuse(f"{folder / 'config.json'} is unreadable ({type(error).__name__}); move the run away")
     asked = dict(word[2:].split("=", 1) for word in words)
     for name, value in asked.items():
         kept = saved.get(name)
@@ -317,11 +316,11 @@ def finished(folder):
 
 def free(folder):
     """Whether nothing left of an earlier study writes in the folder."""
-    if fcntl is None or not (folder / ".lock").exists():
+    if not (folder / ".lock").exists():
         return True
-    with open(folder / ".lock") as lock:
+    with open(folder / ".lock", "a", encoding="utf-8") as file:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, wait=False)
         except OSError:
             return False
     return True
@@ -387,8 +386,16 @@ def main():
     if "--list" in sys.argv:
         for folder, _ in jobs(study):
             print(folder.relative_to(OUT), "done" if finished(folder) else "")
-    elif run_all([job for job in jobs(study) if not finished(job[0])]):
-        raise SystemExit(1)
+        return
+    todo = [job for job in jobs(study) if not finished(job[0])]
+    OUT.mkdir(parents=True, exist_ok=True)
+    with open(OUT / ".study.lock", "a", encoding="utf-8") as file:
+        try:
+            lock(file, wait=False)
+        except OSError:
+            refuse(f"another study is running in {OUT}; one runs at a time, two runs of it at once")
+        if run_all(todo):
+            raise SystemExit(1)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+from locks import lock
+
 STUDIES = Path(__file__).parent.parent / "studies"
 PROGRAM = """
 import sys, study
@@ -94,3 +96,11 @@ def test_a_table_is_replaced_by_one_of_as_many_rows_and_seeds_and_by_no_other(mo
     assert page.count("1.0") == 2 and "0.5" not in page and page.endswith("<!-- /levers -->\nafter\n")
     assert report.put(page, "levers", new(5, 3))[0] == page
     assert report.put(page, "law", new(9, 9))[0] == page  # it has no place for it
+
+
+def test_two_studies_do_not_run_at_once(tmp_path):
+    with open(tmp_path / ".study.lock", "w") as file:
+        lock(file, wait=False)
+        done = run(tmp_path)
+    assert done.returncode == 2 and "another study is running" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == [".study.lock"]
