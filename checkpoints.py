@@ -122,7 +122,7 @@ def read_checkpoint(folder, stage, name=NEWEST):
     if state["stage"] != stage:
         refuse(f"{path} is a checkpoint of {state['stage']}.py, and one of {stage}.py is needed here")
     for weights in (state.get("learner"), (state.get("snapshot") or {}).get("learner")):
-        if isinstance(weights, dict) and not fits(weights, state["config"]):
+        if isinstance(weights, dict) and "config" in state and not fits(weights, state["config"]):
             refuse(f"{path} holds weights of other sizes than its settings; one of both was altered")
     return state
 

@@ -177,8 +177,8 @@ def keep_saved(settings, given, saved, folder):
         free = name in (*FREE_ON_RESUME, "out_dir") or name in RATES and given.get(name, 0) < saved[name]
         if name == "self_steps" and given.get(name, 0) > saved[name]:
             refuse_if(saved[name] % saved["eval_interval"] or saved["decay"] < 1,
-                      f"self_steps={given[name]}: there can be more than {saved[name]} only where those were a "
-                      f"multiple of eval_interval={saved['eval_interval']}, and decay={saved['decay']} is 1")
+                      f"self_steps={given[name]}: there can be more than {saved[name]} only where those were "
+                      f"a multiple of eval_interval={saved['eval_interval']}, and decay={saved['decay']} is 1")
             free = True
         if name in given and given[name] != saved[name] and not free:
             refuse(f"{name}={given[name]!r} differs from {saved[name]!r}, with which {folder} was begun; "
@@ -205,7 +205,8 @@ def check_memory(s):
                         ("eval_windows block_size", 8 * s.get("eval_windows", 1) * T),
                         ("outer_batch block_size", 8 * s.get("outer_batch", 1) * T)):
         told = ", ".join(f"{name}={s[name]}" for name in names.split() if name in s)
-        refuse_if(size > memory, f"{told}: {size / 1e9:,.0f} GB at least, of the {memory / 1e9:.0f} GB there are")
+        refuse_if(size > memory,
+                  f"{told}: {size / 1e9:,.0f} GB at least, of the {memory / 1e9:.0f} GB there are")
 
 
 def check_common(settings):

@@ -159,8 +159,8 @@ def caveats(judged, earlier):
 # ---- the report
 
 def examined(phases):
-    """(judged, see `verdict`; {"then" | "now": (output, observation, target)}, lists of ids): the critic and the
-    learner of now and of the snapshot, crossed, on the text to come."""
+    """(judged, see `verdict`; {"then" | "now": (output, observation, target)}, lists of ids): the critic and
+    the learner of now and of the snapshot, crossed, on the text to come."""
     now, judged, texts = dict(learner=phases.parts["learner"], critic=phases.judge()), {}, {}
     times = dict(then={role: copy.deepcopy(module) for role, module in now.items()}, now=now)
     for role, module in times["then"].items():

@@ -14,7 +14,7 @@ ASK = 0.2  # seconds between two looks at who is there
 
 
 def store_of(seconds):
-    """What the ranks of this attempt share; torchrun's store outlives an attempt, and would name dead ranks."""
+    """What the ranks of this attempt share: torchrun's store outlives an attempt, and names dead ranks."""
     store, *_ = next(dist.rendezvous("env://", timeout=datetime.timedelta(seconds=seconds)))
     return dist.PrefixStore("attempt " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 

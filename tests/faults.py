@@ -482,7 +482,8 @@ TOOLS = [("sample.py", ["run", f"--prompt={prompt}"]) for prompt in PROMPTS] + [
     ("plot.py", ["--nosuch"]), ("page.py", ["--nosuch"]), ("bench.py", ["4"]), ("bench.py", ["--quik"]),
     ("bench.py", ["1", "nosuch"]), ("studies/probe.py", ["gist", "nosuch"]), ("studies/probe.py", ["run"]),
     ("studies/probe.py", ["gist", "gist2"]), ("studies/study.py", ["nosuch"]),
-    ("studies/study.py", ["1", "2"]), ("studies/study.py", ["1", "--lst"]), ("studies/report.py", ["nosuch"]), ("studies/verses.py", ["gist"]),
+    ("studies/study.py", ["1", "2"]), ("studies/study.py", ["1", "--lst"]), ("studies/report.py", ["nosuch"]),
+    ("studies/verses.py", ["gist"]),
     ("studies/classes.py", ["nosuch"]), ("prepare_data.py", ["--vocab=1"]), ("prepare_data.py", ["nosuch"]),
     ("prepare_data.py", [f"--vocab={HUGE}"]), ("prepare_data.py", ["--dataset=fineweb-edu-0M"])]
 

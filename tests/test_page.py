@@ -139,7 +139,8 @@ def test_a_page_that_cannot_be_written_costs_a_line_and_not_the_run(tmp_path, er
     def write(folder):
         raise error
     run = SimpleNamespace(first=True, out_dir=tmp_path, facts=dict, say=told.append,
-                          write_json=lambda *a: told.append("summary"), close=lambda arms: told.append("closed"))
+                          write_json=lambda *a: told.append("summary"),
+                          close=lambda arms: told.append("closed"))
     Run.finish(run, dict(arms={}), lambda folders: ("curves.png", ""), write)
     assert told[0] == "summary" and told[-1] == "closed" and len(told) == 4
     assert told[2] == f"no page was drawn ({type(error).__name__}); try python page.py {tmp_path}"

@@ -60,9 +60,11 @@ def test_a_finished_run_takes_further_arms_and_lends_its_meta_phase(run_small, m
     assert "meta_steps=9 differs from 8" in capsys.readouterr().err and not (parts.parent / "no").exists()
 
 
-def test_a_finished_run_takes_more_steps_of_its_arms_as_if_asked_for_them_at_first(run_small, monkeypatch, capsys):
+def test_a_finished_run_takes_more_steps_of_its_arms_as_if_asked_for_at_first(
+        run_small, monkeypatch, capsys):
     settings = ["--arms=real,ema,self", "--rescue_steps=0", "--self_rate=0.7"]
-    whole, more = run_small("whole", *settings, "--self_steps=16"), run_small("more", *settings, "--self_steps=8")
+    whole = run_small("whole", *settings, "--self_steps=16")
+    more = run_small("more", *settings, "--self_steps=8")
     in_process(monkeypatch, "self_ce.py", f"--resume={more}", "--self_steps=16")
     assert summary(more)["arms"] == summary(whole)["arms"]
     order = lambda row: (row["arm"], row["step"])
@@ -73,8 +75,9 @@ def test_a_finished_run_takes_more_steps_of_its_arms_as_if_asked_for_them_at_fir
     with pytest.raises(SystemExit):
         in_process(monkeypatch, "self_ce.py", f"--resume={more}", "--self_steps=12")
     assert "self_steps=12 differs from 16" in capsys.readouterr().err
+    odd = run_small("odd", "--self_steps=7")
     with pytest.raises(SystemExit):
-        in_process(monkeypatch, "self_ce.py", f"--resume={run_small('odd', '--self_steps=7')}", "--self_steps=12")
+        in_process(monkeypatch, "self_ce.py", f"--resume={odd}", "--self_steps=12")
     assert "there can be more than 7 only where those were a multiple of" in capsys.readouterr().err
 
 

@@ -290,7 +290,8 @@ def test_the_defaults_run_on_the_plays_and_leave_what_the_readme_says(tmp_path, 
     arms, printed = summary(out)["arms"], capsys.readouterr().out
     assert list(arms) == ["real", "self", "frozen", "ema", "shuffled", "sharpen"]
     assert arms["real"]["recovered"] == 1 and summary(out)["bpb_meta_end"] < 4.5
-    assert all(name in printed for name in ("hacked at", "sharpen", "bits/byte", "tokens/s", "plot: ", "page: "))
+    shown = "hacked at", "sharpen", "bits/byte", "tokens/s", "plot: ", "page: "
+    assert all(name in printed for name in shown)
     samples = (out / "samples.txt").read_text()
     assert samples.count("==== after") == 7 and samples.count("output  ") == samples.count("target  ")
     assert {"self_ce.py", "phases.py", "model.py"} <= {p.name for p in (out / "sources").iterdir()}
@@ -306,8 +307,8 @@ def test_wandb_is_imported_only_if_asked_and_is_shown_rows_table_and_picture(tmp
         def __init__(self, name, type):
             left.append(name)
         add_file = add_dir = lambda self, path, name=None: left.append(Path(path).name)
-    account = SimpleNamespace(log=shown.append, finish=lambda: shown.append("end"), log_artifact=lambda a: None,
-                              define_metric=lambda name, step_metric=None: None)
+    account = SimpleNamespace(log=shown.append, finish=lambda: shown.append("end"),
+                              log_artifact=lambda a: None, define_metric=lambda name, step_metric=None: None)
     wandb = SimpleNamespace(init=lambda **given: began.append(given) or account,
                             Table=lambda columns, data: (columns, data), Artifact=Artifact)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
