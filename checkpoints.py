@@ -101,7 +101,11 @@ def load(path):
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # torch.load does not look at the sums that stand beside what it reads
                 raise ValueError("a sum does not fit")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except UnicodeEncodeError:  # a locale of ASCII, and other letters in the path: torch maps no such file
+            with open(path, "rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, runtime, end of file: each reader has its own kinds
         raise ValueError(type(error).__name__) from error
 
