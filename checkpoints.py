@@ -79,7 +79,7 @@ class Writer:
         began, newest = time.monotonic(), self.folder / NEWEST
         try:
             write_whole(newest, lambda f: torch.save(state, f), self.folder / BEFORE)
-        except OSError as error:
+        except Exception as error:  # of whatever kind: the run must hear of it
             self.error = error
         self.ended = time.monotonic()
         self.took = self.ended - began
@@ -100,7 +100,7 @@ def load(path):
     try:
         with zipfile.ZipFile(path) as file:
             if file.testzip():  # torch.load does not look at the sums that stand beside what it reads
-                raise ValueError("a sum does not fit")
+                raise zipfile.BadZipFile
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except UnicodeEncodeError:  # a locale of ASCII, and other letters in the path: torch maps no such file
@@ -120,7 +120,8 @@ def read_checkpoint(folder, stage, name=NEWEST):
     try:
         state = load(path)
     except ValueError as error:
-        refuse(f"{path} is damaged or half written ({error})" + whole_before(path, before))
+        refuse(f"{path} is damaged or half written ({error})"
+               + (whole_before(path, before) if name == NEWEST else ""))
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         refuse(f"{path} is no checkpoint of this project, or of an earlier format than {FORMAT}")
     if state["stage"] != stage:
@@ -153,12 +154,19 @@ def run_of(start):
     return (path.parent.parent, path.stem) if path.suffix == ".pt" else (path, None)
 
 
-def read_end(folder, arm, stage):
-    """What `Run.keep_end` wrote of an arm: dict(format, stage, arm, weights). A missing one is refused."""
+def read_end(folder, arm, stage, steps=None):
+    """What `Run.keep_end` wrote of an arm: dict(format, stage, arm, weights, at). A missing one is refused.
+
+    steps: the end after so many, which may be the one before the last.
+    """
     ends = sorted(path.stem for path in (Path(folder) / "ends").glob("*.pt"))
     if arm not in ends:
         refuse(f"{folder} holds no end of arm {arm!r}; it holds {', '.join(ends) or 'none of any arm'}")
-    return read_checkpoint(folder, stage, f"ends/{arm}.pt")
+    for name in (f"ends/{arm}.pt", f"ends/.{arm}.before"):
+        end = read_checkpoint(folder, stage, name)
+        if steps is None or end["at"]["step"] == steps:
+            return end
+    refuse(f"{folder}/ends holds no end of arm {arm!r} after {steps} steps")
 
 
 def read_finished(setting, folder, stage, corpus, alike):

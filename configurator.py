@@ -176,7 +176,7 @@ def keep_saved(settings, given, saved, folder):
     for name in settings:
         free = name in (*FREE_ON_RESUME, "out_dir") or name in RATES and given.get(name, 0) < saved[name]
         if name == "self_steps" and given.get(name, 0) > saved[name]:
-            refuse_if(saved[name] % saved["eval_interval"] or saved["decay"] < 1,
+            refuse_if(saved[name] % saved["eval_interval"] or saved["decay"] < 1 or saved.get("rescue_steps"),
                       f"self_steps={given[name]}: there can be more than {saved[name]} only where those were "
                       f"a multiple of eval_interval={saved['eval_interval']}, and decay={saved['decay']} is 1")
             free = True
@@ -218,7 +218,8 @@ def check_common(settings):
         refuse(f"seed={settings['seed']} must be below 2**63")
     for name in ("start", "critic_from"):
         folder, out_dir = settings.get(name), settings.get("out_dir", "")
-        same = folder and os.path.realpath(folder) == os.path.realpath(out_dir)
+        run = os.path.dirname(os.path.dirname(folder)) if folder and folder.endswith(".pt") else folder
+        same = folder and os.path.realpath(run) == os.path.realpath(out_dir)
         refuse_if(same, f"{name}={folder!r} is out_dir too, and would be moved aside; name another --out_dir")
     share, left = settings.get("ema_decay", 0), settings.get("decay", 1)
     refuse_if(share >= 1, f"ema_decay={share} must be below 1: it is the share of the old weights that stays")

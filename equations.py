@@ -46,6 +46,11 @@ def add_up(total, g, share):
     return {n: total[n].add_(t.detach(), alpha=share) if total else t.detach() * share for n, t in g.items()}
 
 
+def log_softmax(logits):
+    """Log probabilities, in float32 or better whatever the logits are: they are summed and compared."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
 def bound(module, weights):
     """The module as a function that has other weights."""
     return lambda *inputs, **options: functional_call(module, weights, inputs, options)

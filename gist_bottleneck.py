@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from checkpoints import read_bottleneck
 from configurator import chosen, refuse_if
 from corpus import corpus_id, val_windows
-from equations import follow, praise
+from equations import follow, log_softmax, praise
 from gists import (LARGEST_FORECAST, Space, carried, layout, make_spaces, past_of, read, score_function,
                    spans_at, squared_distances, starts_of, steadiness, vectors, write_spans)
 from model import GPT, GPTConfig, adamw
@@ -82,7 +82,7 @@ learning_rate = 6e-3    # AdamW, in the meta phase, the last 30 % of which it fa
 self_learning_rate = 2e-4  # a learner at its peak rate would gain from any signal that slows it
 warmup = 50             # steps from 0 to learning_rate, at the start of the meta phase
 grad_clip = 1.0         # largest gradient norm
-grad_accum = 1          # pieces of a rank's batch, one after the other: the same numbers in less memory
+grad_accum = 1          # pieces of a rank's batch, one after the other: the same step in less memory
 decay = 1.0             # the share of its learning rate that an arm ends with; it falls in a line
 # --- run
 seed = 1                # of weights and data
@@ -112,7 +112,7 @@ def real_loss(model, lay, text, how="gist", tally=None):
     logits = read(model, lay, text[:, :-1], how)
     loss = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
     if tally is not None:
-        note(tally, loss, logits.detach().log_softmax(-1), text[:, 1:-1], agreement=torch.ones_like(loss))
+        note(tally, loss, log_softmax(logits.detach()), text[:, 1:-1], agreement=torch.ones_like(loss))
     return loss
 
 
@@ -132,7 +132,7 @@ def own_spans(phases, learner, lay, x, starts, step):
     likeliest tokens, with log probabilities [B, N, M + 1], "none" last; or samples of longer spans."""
     past = {}
     logits = read(learner, lay, x, cache=past)
-    before = logits[:, starts - 1].log_softmax(-1)
+    before = log_softmax(logits[:, starts - 1])
     if span == 1:
         logp, own = before.topk(candidates)
         return own.unsqueeze(-1), with_none(logp), logits
@@ -211,7 +211,7 @@ def self_loss(phases, arm, learner, critic, space, lay, text, step, tally):
         value, weight = score_function(far, proper=distance != "plain")
         loss = (weight * logp).mean()
         loss = loss + (value.mean() - loss).detach()
-    note(tally, loss, logits.detach().log_softmax(-1), text[:, 1:-1], agreement=agreed,
+    note(tally, loss, log_softmax(logits.detach()), text[:, 1:-1], agreement=agreed,
          echo=target[..., 0].mean(), outside=target[..., -1].mean(),  # the likeliest own token comes first
          target_entropy=torch.special.entr(target).sum(-1).mean())
     return loss

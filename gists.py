@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from equations import log_softmax
 from model import GIST, OWN, TRUE, attention_mask, rollout, sample_tokens
 
 LARGEST_FORECAST = 4096  # tokens: the principal directions of forecasts are those of a matrix [V, V]
@@ -71,7 +72,7 @@ def carried(models, lay, texts, chunk, batch, autocast):
         later[how] = total / texts[:, chunk + 1:].numel()
     if len(later) < 3:
         return dict(later=later)
-    share = (later["none"] - later["gist"]) / (later["none"] - later["full"])
+    share = (later["none"] - later["gist"]) / ((later["none"] - later["full"]) or math.inf)
     return dict(later=later, gist_share=share)
 
 
@@ -133,7 +134,7 @@ def vectors(space, critic, lay, past, starts, spans):
         g = space.table[spans].flatten(3)
     elif space.kind == "forecast":
         logits = ask(spans, read=slice(s - 1, None))
-        g = logits.log_softmax(-1).flatten(3)
+        g = log_softmax(logits).flatten(3)
         g = g - g.mean(-1, keepdim=True)
     else:
         tokens = torch.cat((spans, lay.marks.expand(B, N, M, -1)), 3)
@@ -159,7 +160,7 @@ def write_spans(learner, lay, past, before, starts, u):
             spans.append(sample_tokens(said.squeeze(3), u[..., j]))
     spans = torch.stack(spans, 3)
     pos = starts[:, None] + torch.arange(span - 1, device=u.device)
-    later = learner.branch(spans[..., :-1], pos, sees, dict(past), near).log_softmax(-1)
+    later = log_softmax(learner.branch(spans[..., :-1], pos, sees, dict(past), near))
     later = later.gather(-1, spans[..., 1:, None]).squeeze(-1).sum(-1)
     return spans, before.gather(-1, spans[..., 0]) + later
 
@@ -329,7 +330,7 @@ def say_chunks(learner, theta, x, y, **options):
     until = learner.config.n_layer
     h = functional_call(learner, theta, (packed,), dict(options, pos=pos, mask=mask, until=until))
     true, own = h[:, :T].unflatten(1, (n, chunk)), h[:, T:].unflatten(1, (R, n, short))
-    speak = lambda states: (states @ theta["head.weight"].T).log_softmax(-1)
+    speak = lambda states: log_softmax(states @ theta["head.weight"].T)
     join = lambda true, own: torch.cat((true[:, None, :, :1].expand(-1, R, -1, -1, -1), own), 3)
     logp_true = speak(true)
     return Said(join(logp_true, speak(own)), logp_true, join(true, own), true)

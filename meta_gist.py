@@ -43,9 +43,9 @@ from torch.func import functional_call
 import wordings
 from configurator import chosen, refuse_if
 from corpus import batch_starts, val_windows, windows
-from equations import (adamw_step, add, add_up, by_name, dot, gradient, inner_step, leaves, moments_of,
-                       praise, pull_back)
-from gists import Said, say_chunks, write_chunks
+from equations import (adamw_step, add, add_up, by_name, dot, gradient, inner_step, leaves, log_softmax,
+                       moments_of, praise, pull_back)
+from gists import say_chunks, write_chunks
 from model import GPT, GPTConfig, adamw, sample_tokens
 from phases import REAL, Phases
 from pool import SIZE, Pool
@@ -87,7 +87,7 @@ batch_size = 16         # sequences a step, over all ranks
 learning_rate = 1e-3    # AdamW, constant after the warm-up
 warmup = 50             # steps from 0 to learning_rate
 grad_clip = 1.0         # largest gradient norm
-grad_accum = 1          # pieces of a rank's batch, one after the other: the same numbers in less memory
+grad_accum = 1          # pieces of a rank's batch, one after the other: the same step in less memory
 decay = 1.0             # the share of its learning rate that an arm ends with; it falls in a line
 # --- run
 seed = 1                # of weights and data
@@ -109,7 +109,7 @@ FIRST = ("first", "frozen_first")  # learn of the first token of a chunk alone, 
 # Independent streams of data and of random numbers; MEASURE takes four.
 _, FOREIGN, CHANCE, OUTER, INNER, PROBE, MEASURE, _, _, _, ROLLOUT, MEASURED = range(12)
 EXACT = 4096             # the commonest tokens, which praise weighs one by one; of the others it draws
-KEPT = 1                 # of the last inner steps the graph is kept: more is faster and takes more memory
+GRAPHS = 1               # of the last inner steps the graph is kept: more is faster and takes more memory
 LENGTH = 0.05            # of the steps by which gains are measured, where inner_length is 0
 SAMPLES = 2              # rollouts for each observation, in chunks of 2 or more
 SCALARS = ("log_kappa", "log_kappa_a", "nu")  # of φ, beside E
@@ -163,7 +163,7 @@ def inner_loss(a, logp):
 
 def real_loss(learner, theta, text, every=1):
     """(nats a token of text [B, T + 1], or of each `every`-th; log p [B, T, V]): O, and the loss of real."""
-    logp = functional_call(learner, theta, (text[:, :-1],)).log_softmax(-1)
+    logp = log_softmax(functional_call(learner, theta, (text[:, :-1],)))
     return F.nll_loss(logp[:, ::every].flatten(0, 1), text[:, 1::every].flatten()), logp
 
 
@@ -237,14 +237,14 @@ def meta_step(learner, theta, phi, texts, chances, outer, average, moments=(), c
     texts: of each step, int [B, T + 1]; chances: its uniform numbers; outer: the text that judges. average:
     of a list of tensors over ranks, in place. moments, count: of AdamW, and its steps so far, with
     inner_length = 0. hear: is told of the first step. Of each step θ_k, g_k and what was written are kept, of
-    the KEPT last ones the graph of g too if it is one piece; those of the others are made again on the way
+    the GRAPHS last ones the graph of g too if it is one piece; those of the others are made again on the way
     back, so that memory grows by weights alone.
     """
     trail, phi, share = [], leaves(phi), 1 / grad_accum
     for k, (text, u) in enumerate(zip(texts, chances)):
         theta, g = leaves(theta), {}
         batch = [(t, t[:, 1:], write(learner, theta, t, v)) for t, v in pieces(1, text, u)]
-        kept = k >= len(texts) - KEPT and len(batch) == 1
+        kept = k >= len(texts) - GRAPHS and len(batch) == 1
         for piece in batch:
             mine, heard = signal_gradient(learner, theta, phi, *piece, graph=kept)
             g = add_up(g, mine, share)

@@ -81,10 +81,8 @@ class Phases:
 
     def share(self):
         """(number, of how many) of the rows that are this rank's, or those of its piece."""
-        if self.piece is None:
-            return self.run.rank, self.run.ranks
-        pieces = self.settings["grad_accum"]
-        return self.run.rank * pieces + self.piece, self.run.ranks * pieces
+        pieces, piece = (1, 0) if self.piece is None else (self.settings["grad_accum"], self.piece)
+        return self.run.rank * pieces + piece, self.run.ranks * pieces
 
     def text(self, step, stream=0, rows=None, split="train"):
         """This rank's rows of a step's text, int [rows / ranks, T + 1]. stream: a use of seed."""
@@ -119,7 +117,8 @@ class Phases:
         """Each arm of `names`: put back to the snapshot, or gone on with; keeps its end."""
         for arm in names:
             if self.arm != arm:
-                end = self.run.read_end(arm) if arm in self.at["arms"] else None  # it is to go on from there
+                end = self.at["arms"].get(arm)
+                end = end and self.run.read_end(arm, end["self_steps"])  # it is to go on from there
                 for name, part in self.parts.items():
                     part.load_state_dict(copy.deepcopy((end or self.snapshot)[name]))
                 at = end["at"] if end else dict(step=0, track=new_track(), real_targets=0, kept=self.kept)
@@ -144,7 +143,7 @@ class Phases:
             if self.at.pop("goes_on", False):  # this step was evaluated when it was the last
                 save = evaluate = False
             gold = self.gold(self.read) if save or evaluate else None
-            if save and run.is_finite(gold, self.arm, self.step):
+            if gold and run.is_finite(gold, self.arm, self.step) and save:
                 run.checkpoint(self.step, self.at, self.tally, self.parts)
             left = 1.0 if self.arm == "meta" else 1 - (1 - self.settings["decay"]) * self.step / n
             for group in self.parts["optimizer"].param_groups:

@@ -28,17 +28,19 @@ def tell_refusal():
 
 
 def watch_refusals():
-    """From here on the end of this process, but after `meet`, is told to the other ranks."""
-    atexit.register(tell_refusal)
+    """From here on the end of this process, until `meet`, is told to the other ranks, if there are any."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        atexit.register(tell_refusal)
 
 
 def meet(rank, ranks, backend):
     """Waits, in no collective, until all ranks have passed their checks: one may prepare data for hours."""
     store = store_of(1800)
+    store.set_timeout(datetime.timedelta(seconds=60))  # once there, it answers at once or is gone
     store.add("here", 1)
     while store.add("here", 0) < ranks:
         if store.check(["refused"]):
-            refuse("a rank of another node refused or died; that node says why")
+            refuse("another rank refused or died; what its node printed says why")
         time.sleep(ASK)
     atexit.unregister(tell_refusal)
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks)

@@ -5,18 +5,15 @@ It leaves in out_dir: report.html (all of it on a page), config.json, log.jsonl,
 (what was said at some evaluations), summary.json, curves.png, checkpoints (see checkpoints.py), hacks/ (a report of
 each hack and each alarm), sources/ (the script that ran, and the modules of the project that it imported).
 """
-import datetime
 import functools
 import hashlib
 import json
 import math
 import os
-import platform
 import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -25,10 +22,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from checkpoints import (FORMAT, NEWEST, Writer, cannot_write, copied, read_checkpoint, read_end,
+from checkpoints import (BEFORE, FORMAT, NEWEST, Writer, cannot_write, copied, read_checkpoint, read_end,
                          run_of, write_whole)
 from configurator import RATES, check_common, configure, defaults_of, keep_saved, refuse, taken_from
-from devices import check_compiler, choose_device
+from devices import check_compiler, choose_device, facts
 from locks import lock
 from progress import Progress
 from ranks import meet, watch_refusals
@@ -66,8 +63,6 @@ class Run:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")
-        if self.ranks > 1:
-            watch_refusals()
         self.progress = Progress(self.device, self.first)
         self.say = self.progress.say
         self.say(f"{stage}: {self.device} ({reason}), {settings['dtype']}, rank 0 of {self.ranks}, "
@@ -198,6 +193,7 @@ class Run:
             report = re.fullmatch(r"(\.?)(\d+)\.(md|png)(\.tmp)?", path.name)  # a kill may leave .001.md.tmp
             if report and (report[1] or int(report[2]) > self.resumed["reports"]):
                 path.unlink()
+                (path.parent / "index.md").unlink(missing_ok=True)  # the next report writes it anew
         if self.resumed["sources"] != self.sources[1]:
             self.say("the project's code has changed since the run was begun; it goes on with that of today")
 
@@ -216,10 +212,10 @@ class Run:
         for path in self.sources[0]:
             shutil.copy(path, kept)
 
-    def write(self, name, write):
-        """Writes out_dir/name by `write(file)`, whole or not at all."""
+    def write(self, name, write, before=None):
+        """Writes out_dir/name by `write(file)`, whole or not at all; what it was stays as out_dir/before."""
         try:
-            write_whole(self.out_dir / name, write)
+            write_whole(self.out_dir / name, write, before and self.out_dir / before)
         except OSError as error:
             cannot_write(self.out_dir / name, self.out_dir, error)
 
@@ -278,11 +274,12 @@ class Run:
         if self.first:
             state = {name: part.state_dict() for name, part in parts.items()}
             state.update(at=at, format=FORMAT, stage=self.stage, arm=arm, weights=state["learner"])
-            self.write(f"ends/{arm}.pt", lambda f: torch.save(state, f))
+            # The checkpoint on the disk may know of the end before alone.
+            self.write(f"ends/{arm}.pt", lambda f: torch.save(state, f), before=f"ends/.{arm}.before")
 
-    def read_end(self, arm):
-        """What `keep_end` wrote of an arm of this run."""
-        return copied(read_end(self.out_dir, arm, self.stage), self.device)
+    def read_end(self, arm, steps):
+        """What `keep_end` wrote of an arm of this run, after so many steps."""
+        return copied(read_end(self.out_dir, arm, self.stage, steps), self.device)
 
     def arms_to_go(self, names, known):
         """The arms of `names` not finished: an interrupted one (never left out), real, then the rest."""
@@ -323,18 +320,11 @@ class Run:
         """What the run has taken so far, before it was interrupted too."""
         return round(self.spent + time.time() - self.began, 1)
 
-    def facts(self):
-        """When, of what code, on what, and how long."""
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=self.script.resolve().parent,
-                             capture_output=True, text=True) if shutil.which("git") else None
-        machine = f"{platform.system()} {platform.machine()}, {self.device.type}, {self.ranks} ranks"
-        return dict(date=datetime.datetime.now().isoformat(timespec="seconds"), seconds=self.seconds(),
-                    commit=git.stdout.strip() or None if git else None, sources_sha256=self.sources[1],
-                    python=platform.python_version(), torch=torch.__version__, machine=machine)
-
     def finish(self, summary, draw, write_page):
         """Writes summary.json, the picture of draw([folder]) and the page of write_page(folder), and ends."""
-        self.write_json("summary.json", dict(summary, made=self.facts()))
+        made = dict(facts(self.script, self.device), ranks=self.ranks, seconds=self.seconds(),
+                    sources_sha256=self.sources[1])
+        self.write_json("summary.json", dict(summary, made=made))
         if self.first:
             for tool, make in (("plot", lambda out: draw([out])[0]), ("page", write_page)):
                 try:
@@ -399,12 +389,14 @@ def open_run(scope, self_phase=()):
     different one on the command line is refused. self_phase: names of the settings that no meta phase of the
     script reads, beside configurator.SELF_PHASE.
     """
+    watch_refusals()
     settings, given = configure(scope)
     stage, folder, resumed = Path(scope["__file__"]).stem, settings["resume"], None
     if folder == "auto":
-        folder = settings["out_dir"] if (Path(settings["out_dir"]) / NEWEST).exists() else ""
-        given = settings if folder else given  # all of them: the same command goes on, and no other
-        settings["resume"] = folder
+        begun = any((Path(settings["out_dir"]) / name).exists() for name in (NEWEST, BEFORE))
+        folder = settings["resume"] = settings["out_dir"] if begun else ""
+        if folder and not settings.get("start"):  # all of them: the same command goes on, and no other
+            given = settings
     if folder:
         resumed = read_checkpoint(folder, stage)
         settings = keep_saved(settings, given, resumed["config"], folder)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from configurator import chosen, refuse_if
 from corpus import val_windows
-from equations import add_up, bound, by_name, dot, follow, gradient, inner_step, leaves, pull_back
+from equations import add_up, bound, by_name, dot, follow, gradient, inner_step, leaves, log_softmax, pull_back
 from model import GPT, GPTConfig, adamw
 from phases import Phases
 from prepare_data import read_corpus
@@ -67,7 +67,7 @@ batch_size = 8          # sequences a step, over all ranks
 learning_rate = 1e-3    # AdamW, constant after the warm-up
 warmup = 50             # steps from 0 to learning_rate, at the start of the meta phase
 grad_clip = 1.0         # largest gradient norm
-grad_accum = 1          # pieces of a rank's batch, one after the other: the same numbers in less memory
+grad_accum = 1          # pieces of a rank's batch, one after the other: the same step in less memory
 decay = 1.0             # the share of its learning rate that an arm ends with; it falls in a line
 # --- run
 seed = 1                # of weights and data
@@ -142,7 +142,7 @@ def meta_loss(phases, learner, text, step, tally, hacked=None):
         read = replaced(learner, own, obs, phases.chance(step, (block_size, 2), ADVERSARY))
     named = critic_logits(learner, read, obs)
     loss = cross_entropy(logits, obs)
-    note(tally, loss, logits.detach().log_softmax(-1), obs, named.detach().argmax(-1))
+    note(tally, loss, log_softmax(logits.detach()), obs, named.detach().argmax(-1))
     loss = loss + cross_entropy(named, obs)
     if hacked is not None:
         with torch.no_grad():
@@ -166,7 +166,7 @@ def self_loss(arm, learner, critic, text, seen, tally):
     named = obs if arm == "real" else critic_target(critic, own, own if seen is None else seen)
     loss = cross_entropy(logits, named)
     told = named if named.dim() == 2 else named.argmax(-1)
-    note(tally, loss, logits.detach().log_softmax(-1), obs, told)
+    note(tally, loss, log_softmax(logits.detach()), obs, told)
     return loss
 
 
@@ -180,7 +180,7 @@ def practice(phases, learner, step):
 
 def log_p(learner, theta, x, **options):
     """log p_θ(v), [B, T, V], on text x."""
-    return bound(learner, theta)(x, **options).log_softmax(-1)
+    return log_softmax(bound(learner, theta)(x, **options))
 
 
 def outer_loss(learner, theta, text):

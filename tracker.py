@@ -28,6 +28,7 @@ class Tracker:
         except ImportError:
             refuse(f"wandb_log={mode!r} needs the package: pip install wandb")
         self.wandb, self.ids = wandb, ids or dict(group=f"{folder.name}-{uuid.uuid4().hex[:8]}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
         self.begin("meta")
 
     def begin(self, arm):

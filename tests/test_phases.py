@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import checkpoints
 import phases
 from conftest import in_process, log, summary
 from corpus import open_corpus, val_windows
@@ -79,6 +80,44 @@ def test_a_finished_run_takes_more_steps_of_its_arms_as_if_asked_for_at_first(
     with pytest.raises(SystemExit):
         in_process(monkeypatch, "self_ce.py", f"--resume={odd}", "--self_steps=12")
     assert "there can be more than 7 only where those were a multiple of" in capsys.readouterr().err
+
+
+def test_killed_between_an_end_and_its_checkpoint_more_steps_begin_at_the_end_before(run_small, monkeypatch):
+    settings = ["--arms=real,self"]
+    whole, more = (run_small(name, *settings, f"--self_steps={n}") for name, n in (("whole", 16), ("more", 8)))
+    original, resumed = phases.Phases.steps, [f"--resume={more}", "--self_steps=16"]
+
+    def killed(self, n):
+        for step in original(self, n):
+            if (self.arm, step) == ("self", 10):
+                self.run.close()  # the lock ends with a process
+                raise MemoryError  # the real arm has ended anew, and no checkpoint was due since
+            yield step
+    with monkeypatch.context() as patch:
+        patch.setattr(phases.Phases, "steps", killed)
+        patch.setattr(checkpoints.Writer, "due", lambda self: False)
+        with pytest.raises(MemoryError):
+            in_process(patch, "self_ce.py", *resumed)
+    in_process(monkeypatch, "self_ce.py", *resumed)
+    order = lambda row: (row["arm"], row["step"])
+    assert sorted(log(more), key=order) == sorted(log(whole), key=order)
+    assert summary(more)["arms"] == summary(whole)["arms"]
+
+
+def test_the_same_command_goes_on_where_its_folder_stands(run_small, capsys):
+    first = run_small("first", "--arms=real", "--adversarial=0.1")
+    again = ["--arms=real", f"--start={first}", "--self_steps=8", "--resume=auto"]
+    started = run_small("second", *again)
+    (started / "ckpt.pt").unlink()  # a kill between two renamings leaves the one before
+    before = log(started)
+    assert run_small("second", *again) == started and log(started) == before
+    assert not (started.parent / "second-1").exists()
+    with pytest.raises(SystemExit):
+        run_small("first", "--arms=real", "--resume=auto")
+    assert "adversarial=0.0 differs from 0.1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run_small("first", "--arms=real", f"--start={first / 'ends/real.pt'}")
+    assert "is out_dir too" in capsys.readouterr().err
 
 
 def test_an_arm_can_start_from_the_end_of_another(run_small):

@@ -60,6 +60,6 @@ def test_each_node_says_why_it_does_not_start_when_one_refuses(tmp_path):
     nodes = [torchrun(*node, "--node_rank=0", *run),
              torchrun(*node, "--node_rank=1", *run, f"--dataset={tmp_path / 'nothing.txt'}")]
     first, second = (process.communicate(timeout=60)[0] for process in nodes)
-    assert "error: a rank of another node refused or died; that node says why" in first
+    assert "error: another rank refused or died; what its node printed says why" in first
     assert "nothing.txt': no text file or folder of that name" in second
     assert all(process.returncode for process in nodes) and not list(tmp_path.iterdir())
