@@ -103,7 +103,7 @@ def load(path):
                 raise zipfile.BadZipFile
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except UnicodeEncodeError:  # a locale of ASCII, and other letters in the path: torch maps no such file
+        except UnicodeEncodeError:  # a locale of ASCII, other letters in the path: torch maps no such file
             with open(path, "rb") as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, runtime, end of file: each reader has its own kinds

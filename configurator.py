@@ -178,7 +178,7 @@ def keep_saved(settings, given, saved, folder):
         if name == "self_steps" and given.get(name, 0) > saved[name]:
             refuse_if(saved[name] % saved["eval_interval"] or saved["decay"] < 1 or saved.get("rescue_steps"),
                       f"self_steps={given[name]}: there can be more than {saved[name]} only where those were "
-                      f"a multiple of eval_interval={saved['eval_interval']}, and decay={saved['decay']} is 1")
+                      f"a multiple of eval_interval={saved['eval_interval']}, decay=1, rescue_steps=0")
             free = True
         if name in given and given[name] != saved[name] and not free:
             refuse(f"{name}={given[name]!r} differs from {saved[name]!r}, with which {folder} was begun; "

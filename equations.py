@@ -14,7 +14,7 @@ the derivative of O(θ′) by φ is that of ⟨∇_θ L(θ, φ), w⟩, where
     w = −(length/‖g‖)(λ − g ⟨g, λ⟩/‖g‖²)     λ pulled back through the normalisation
 
 or through whatever step is taken, see `pull_back`. Over several steps λ itself is pulled back, through the
-step to its θ (and moments), and λ += ∂_θ ⟨∇_θ L, w⟩. Exact in data parallel: g, λ and these mixed products are
+step to its θ (and moments), and λ += ∂_θ ⟨∇_θ L, w⟩. Exact in data parallel: g, λ and mixed products are
 linear in what each rank sees, so g is averaged before the step and λ before the pull-back; N ranks then find
 what one finds with the whole batch. The mean of second orders that each rank computed alone is another thing.
 """

@@ -2,8 +2,8 @@
 A configured run: device, ranks and their averages, run folder, log, stopping and going on.
 
 It leaves in out_dir: report.html (all of it on a page), config.json, log.jsonl, samples.txt, texts.jsonl
-(what was said at some evaluations), summary.json, curves.png, checkpoints (see checkpoints.py), hacks/ (a report of
-each hack and each alarm), sources/ (the script that ran, and the modules of the project that it imported).
+(what was said at some evaluations), summary.json, curves.png, checkpoints (see checkpoints.py), hacks/ (a
+report of each hack and each alarm), sources/ (the script that ran, and the modules that it imported).
 """
 import functools
 import hashlib

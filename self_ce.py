@@ -31,7 +31,8 @@ import torch.nn.functional as F
 
 from configurator import chosen, refuse_if
 from corpus import val_windows
-from equations import add_up, bound, by_name, dot, follow, gradient, inner_step, leaves, log_softmax, pull_back
+from equations import (add_up, bound, by_name, dot, follow, gradient, inner_step, leaves, log_softmax,
+                       pull_back)
 from model import GPT, GPTConfig, adamw
 from phases import Phases
 from prepare_data import read_corpus

@@ -62,8 +62,8 @@ def documents(wheel, vocab):
 
 def world(phases, step, stream=0):
     """The text of a step, int [B, T + 1]; stream: see `Phases.text`. Of two wordings the learner speaks the
-    first; then an arm observes the other, of the held-out books, and oracle the first. both_wordings: by turns
-    the meta phase reads both."""
+    first; then an arm observes the other, of the held-out books, and oracle the first. both_wordings: the
+    meta phase reads both by turns."""
     if phases.settings["dataset"] != NAME:
         return phases.text(step, stream)
     if phases.arm == "meta":

@@ -292,7 +292,7 @@ def refuse_other_settings(folder, words):
         kept = saved.get(name)
         same = float(value) == kept if isinstance(kept, float) else value.lower() == str(kept).lower()
         if not same and name not in ("out_dir", "start", "critic_from"):
-            refuse(f"{folder} was run with {name}={kept}, the study says {value}; move it away to run it anew")
+            refuse(f"{folder} was run with {name}={kept}, the study says {value}: move it away, or run anew")
 
 
 def jobs(study):

@@ -111,7 +111,7 @@ def main():
     if state["config"]["dataset"] != NAME or state["stage"] != "meta_gist":
         refuse(f"{folder} is a run on {state['config']['dataset']}; one of meta_gist.py on {NAME} is needed")
     if state["config"]["chunk"] != 1:
-        refuse(f"{folder} is a run with chunk={state['config']['chunk']}; what is drawn is the praise of chunk=1")
+        refuse(f"{folder} is a run with chunk={state['config']['chunk']}; what is drawn is that of chunk=1")
     draw(folder, state, corpus, folder / "verses.png")
     print(f"drawn in {folder / 'verses.png'}")
 

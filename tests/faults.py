@@ -572,7 +572,7 @@ def statistics(tally, tmp, rng, n):
                 columns = lambda names: [row.get(name) or 0 for name in names.split()]
                 shares = columns("agreement echo target_top agreement_probe")
                 entropies = columns("target_entropy output_entropy")
-                alike = row["arm"] == "real" and stage != "gist_bottleneck"  # there the last token is left out
+                alike = row["arm"] == "real" and stage != "gist_bottleneck"  # it leaves the last token out
                 proxy, surprise = columns("proxy surprise") if alike else (0, 0)
                 wrong = (max(shares) > 1 or max(entropies) > np.log(vocab) * (1 + 1e-5)
                          or abs(proxy - surprise) > 1e-4 * surprise)

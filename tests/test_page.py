@@ -139,8 +139,8 @@ def test_a_page_that_cannot_be_written_costs_a_line_and_not_the_run(tmp_path, er
 
     def write(folder):
         raise error
-    run = SimpleNamespace(first=True, out_dir=tmp_path, script=Path("self_ce.py"), device=torch.device("cpu"), ranks=1, seconds=lambda: 1,
-                          sources=([], ""), say=told.append,
+    run = SimpleNamespace(first=True, out_dir=tmp_path, script=Path("self_ce.py"), sources=([], ""),
+                          device=torch.device("cpu"), ranks=1, seconds=lambda: 1, say=told.append,
                           write_json=lambda *a: told.append("summary"),
                           close=lambda arms: told.append("closed"))
     Run.finish(run, dict(arms={}), lambda folders: ("curves.png", ""), write)

@@ -84,7 +84,8 @@ def test_a_finished_run_takes_more_steps_of_its_arms_as_if_asked_for_at_first(
 
 def test_killed_between_an_end_and_its_checkpoint_more_steps_begin_at_the_end_before(run_small, monkeypatch):
     settings = ["--arms=real,self"]
-    whole, more = (run_small(name, *settings, f"--self_steps={n}") for name, n in (("whole", 16), ("more", 8)))
+    whole = run_small("whole", *settings, "--self_steps=16")
+    more = run_small("more", *settings, "--self_steps=8")
     original, resumed = phases.Phases.steps, [f"--resume={more}", "--self_steps=16"]
 
     def killed(self, n):
