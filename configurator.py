@@ -135,14 +135,15 @@ def parse_arguments(settings, argv):
 
 def print_help(scope, settings):
     """The script's docstring, then each setting with its default and its comment, in the file's groups."""
-    print((scope.get("__doc__") or "").strip())
+    lines = [(scope.get("__doc__") or "").strip()]
     width = max(len(f"--{name}={default}") for name, (_, default, _, _) in settings.items()) + 2
     last = None
     for name, (group, default, comment, _) in settings.items():
         if group != last:
-            print(f"\n{group}")
+            lines.append(f"\n{group}")
             last = group
-        print("  " + f"--{name}={default}".ljust(width) + comment)
+        lines.append("  " + f"--{name}={default}".ljust(width) + comment)
+    print("\n".join(lines))  # at once: `| head` may close the pipe
 
 
 def configure(scope, argv=None):
