@@ -3,7 +3,7 @@ Checkpoints: written whole or not at all, by a thread while the run goes on; rea
 
     ckpt.pt           the newest: all that it takes to go on, of finite numbers alone
     ckpt-before.pt    the one before it
-    ends/<arm>.pt     the learner's weights at an arm's end
+    ends/<arm>.pt     the end of an arm: the learner's weights, and what the arm needs to go on
 """
 import os
 import shlex

@@ -100,7 +100,8 @@ def praise(of_truth, p, kernel):
     """a(v) = K(x, v) − Σ_v′ p_v′ K(v′, v): what the critic makes of token v having observed x, less what it
     would make of it had it observed the learner's own words; [..., V]. Its mean over x ~ p is zero.
 
-    of_truth: K(x, ·), [..., V]. p: the learner's distribution [..., V]. kernel: K, [V, V] or [..., V, V].
+    of_truth: K(x, ·), [..., V]. p: the learner's distribution [..., V]. kernel: K, [V, V] or [..., V, V]. Or of M
+    tokens alone, p [..., M] and kernel [M, V].
     """
     return of_truth - (p.unsqueeze(-2) @ kernel).squeeze(-2)
 

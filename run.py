@@ -59,6 +59,7 @@ class Run:
         self.weight_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.out_dir, self.resumed, self.began = Path(settings["out_dir"]), resumed, time.time()
         self.lock = self.tracker = self.writer = None
+        self.ends = False
         self.stop_signal, self.ask_every, self.files, self.hashes, self.spent = 0, 1, {}, {}, 0.0
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -225,7 +226,8 @@ class Run:
 
     def saves(self, step):
         """Whether a checkpoint is due at a step: each save_interval steps, and where the run is to stop."""
-        return self.stopping(step) or step % self.settings["save_interval"] == 0
+        self.ends = self.stopping(step)  # as all ranks agree: a signal may come to one of them from here on
+        return self.ends or step % self.settings["save_interval"] == 0
 
     def is_finite(self, gold, arm, step):
         """True, or the end of a run whose gold, (nats a token, bits a byte), is not finite, or as good as."""
@@ -247,13 +249,13 @@ class Run:
         if not all(torch.isfinite(t).all() for t in (*weights, *tally.values())):
             self.stop_diverged("a weight or the loss is not finite", at["arm"], step)
         at["step"] = step
-        if self.first and (last or self.stop_signal or self.writer.due()):
+        if self.first and (last or self.ends or self.writer.due()):
             files = {n: ((self.out_dir / n).stat().st_size, self.hashes[n].hexdigest()) for n in GROWING}
             saved = {name: part.state_dict() for name, part in parts.items()}
             self.writer.write(dict(at, tally=tally, format=FORMAT, stage=self.stage, config=self.settings,
                                    files=files, reports=self.last_report(), sources=self.sources[1],
                                    seconds=self.seconds(), **saved))
-        if self.stop_signal:
+        if self.ends:
             self.stop()
 
     def restore(self, at, tally, parts):
@@ -294,7 +296,6 @@ class Run:
         """Appends a row to log.jsonl (and wandb). A number in it that is not finite ends the run."""
         if not all(math.isfinite(v) for v in row.values() if isinstance(v, float)):
             self.stop_diverged("what is logged is not finite", row["arm"], row["step"])
-        self.is_finite((row.get("gold_nats", 0.0),), row["arm"], row["step"])
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
         self.append("log.jsonl", json.dumps(rounded) + "\n")
         if self.tracker:
