@@ -315,7 +315,7 @@ def say_chunks(learner, theta, x, y, **options):
     One pass over the true tokens and behind them the own ones. The first place of a chunk follows the true
     prefix in both. theta: the learner's weights by name. options: of the forward pass.
     """
-    (B, R, n, short), T = y.shape, x.size(1)
+    (_, R, n, short), T = y.shape, x.size(1)
     packed, chunk = torch.cat((x, y.flatten(1)), 1), short + 1
     place = torch.arange(T, device=x.device)
     own = place.view(n, chunk)[:, 1:].flatten()

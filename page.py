@@ -9,7 +9,6 @@ its own.
 import html
 import itertools
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from chart import DASHES, FRAME, chart
-from checkpoints import read_checkpoint
+from checkpoints import read_checkpoint, write_whole
 from configurator import read_settings, refuse
 from corpus import open_corpus
 from hacks import reports, spell, texts_of
@@ -224,9 +223,8 @@ def write_page(folder):
         charts=charts(rows, arms), near=near, texts=json.dumps(texts).replace("<", "\\u003c"),
         hacks=table(("report", "arm", "step", "why", "verdict"), found) if found else "<p>None.</p>",
         files=", ".join(f'<a href="{name}">{name}</a>' for name in FILES if (folder / name).exists()))
-    tmp = folder / ".report.html.tmp"
-    tmp.write_text(page, encoding="utf-8", errors="surrogateescape")  # as names of files are in some locales
-    os.replace(tmp, folder / "report.html")
+    data = page.encode("utf-8", errors="surrogateescape")  # as names of files are in some locales
+    write_whole(folder / "report.html", lambda f: f.write(data))
     return folder / "report.html"
 
 

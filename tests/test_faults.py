@@ -6,7 +6,8 @@ import faults
 
 
 @pytest.mark.parametrize("kind, tries", [
-    ("kills", 1), ("damage", 300), ("wrong uses", 25), ("no compiler", 1)])
+    ("kills", 1), ("damage", 300), ("wrong uses", 25), ("no compiler", 1),
+    ("bfloat16", 8)])
 def test_what_goes_wrong_loses_nothing_and_is_answered_in_two_lines(tmp_path, kind, tries):
     tally = faults.Tally()
     faults.KINDS[kind][0](tally, tmp_path, np.random.default_rng(0), tries)

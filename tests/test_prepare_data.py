@@ -9,12 +9,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import tiktoken
 
 import prepare_data as pd
-from corpus import corpus_id, decode, open_corpus
+from corpus import decode, open_corpus
 from sources import SPLITS
 
 TEXT = "".join(f"Line {i} of {i * i % 97} says that {i % 13} and {i % 7} are friends.\n" for i in range(2000))

@@ -3,6 +3,7 @@ import json
 import math
 import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 import checkpoints
 import run as run_module
 from checkpoints import read_bottleneck, read_checkpoint, read_end, read_meta_phase
-from run import Run, open_run
+from run import open_run
 
 SCRIPT = '''"""A script."""
 arms = "real"        # the arms
@@ -295,3 +296,14 @@ def test_a_critic_comes_from_a_bottleneck_of_the_same_shape(make_run, tmp_path, 
     assert read_bottleneck(str(tmp_path), "cpu", "plays", vocab=9) == dict(vocab=9, n_layer=3, weights=7)
     message = f"vocab=8 differs from 9, that of critic_from={str(tmp_path)!r}"
     assert is_refused(capsys, message, read_bottleneck, str(tmp_path), "cpu", "plays", vocab=8)
+
+
+def test_a_checkpoint_that_takes_long_to_write_is_written_seldom_and_never_two_at_once(tmp_path):
+    writer = checkpoints.Writer(tmp_path)
+    assert writer.due()
+    writer.took, writer.ended = 3.0, time.monotonic() - 0.9 * 3.0 / checkpoints.SHARE
+    assert not writer.due()
+    writer.ended -= 0.2 * 3.0 / checkpoints.SHARE
+    assert writer.due()
+    writer.thread = SimpleNamespace(is_alive=lambda: True)
+    assert not writer.due()
