@@ -167,7 +167,7 @@ def real_loss(learner, theta, text, every=1):
     return F.nll_loss(logp[:, ::every].flatten(0, 1), text[:, 1::every].flatten()), logp
 
 
-def pieces(times, *tensors):
+def cut(times, *tensors):
     """The rows of tensors that are `times` batches, as many at once as are read at once."""
     return list(zip(*(t.chunk(times * grad_accum) for t in tensors)))
 
@@ -177,7 +177,7 @@ def real_gradient(learner, theta, text, every=1, times=1, hear=no_one):
 
     hear(loss, log p [B, T, V], observation): is told of each piece.
     """
-    theta, g, mean, batch = leaves(theta), {}, 0.0, pieces(times, text)
+    theta, g, mean, batch = leaves(theta), {}, 0.0, cut(times, text)
     share = 1 / len(batch)
     for piece, in batch:
         loss, logp = real_loss(learner, theta, piece, every)
@@ -215,7 +215,7 @@ def signal_gradient(learner, theta, phi, text, seen, written, arm="", graph=Fals
 
 def inner_gradient(learner, theta, phi, text, seen, u, average, arm="", times=1, hear=no_one):
     """g = ∇_θ L averaged over ranks. u: uniform numbers, see `chance`; times, hear: as in `real_gradient`."""
-    g, batch = {}, pieces(times, text, seen, u)
+    g, batch = {}, cut(times, text, seen, u)
     for text, seen, u in batch:
         found, heard = signal_gradient(learner, theta, phi, text, seen, write(learner, theta, text, u), arm)
         g = add_up(g, found, 1 / len(batch))
@@ -243,7 +243,7 @@ def meta_step(learner, theta, phi, texts, chances, outer, average, moments=(), c
     trail, phi, share = [], leaves(phi), 1 / grad_accum
     for k, (text, u) in enumerate(zip(texts, chances)):
         theta, g = leaves(theta), {}
-        batch = [(t, t[:, 1:], write(learner, theta, t, v)) for t, v in pieces(1, text, u)]
+        batch = [(t, t[:, 1:], write(learner, theta, t, v)) for t, v in cut(1, text, u)]
         kept = k >= len(texts) - GRAPHS and len(batch) == 1
         for piece in batch:
             mine, heard = signal_gradient(learner, theta, phi, *piece, graph=kept)
@@ -370,7 +370,7 @@ def measure(phases, theta, number):
     average([*real.values(), *more.values()])
     cos = lambda a, b: dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().clamp_min(1e-30)
     found = dict(cosine_real=cos(signal_g, real), cos_bb=cos(signal_g, again_g), cos_bb_real=cos(real, more))
-    nats = lambda theta: torch.stack([real_loss(learner, theta, t)[0] for t, in pieces(4, other)]).mean()
+    nats = lambda theta: torch.stack([real_loss(learner, theta, t)[0] for t, in cut(4, other)]).mean()
     before = nats(theta)
     for name, g in dict(gain=signal_g, gain_shuffled=shuffled_g, gain_real=real).items():
         found[name] = before - nats(inner_step(theta, g, length))
