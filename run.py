@@ -346,12 +346,14 @@ class Run:
         """Whether to end after this step. All ranks agree: they ask each other every second or so."""
         if self.ranks > 1 and step % self.ask_every and step % self.settings["eval_interval"]:
             return False
-        if self.ranks > 1:
-            each = int(1 / self.progress.step_time(step)) if self.first else 0
-            flag = torch.tensor([self.stop_signal, each], device=self.device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            self.stop_signal, self.ask_every = int(flag[0].item()), max(1, int(flag[1].item()))
-        return self.stop_signal > 0
+        if self.ranks == 1:
+            return self.stop_signal > 0
+        each = int(1 / self.progress.step_time(step)) if self.first else 0
+        flag = torch.tensor([self.stop_signal, each], device=self.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        agreed, self.ask_every = int(flag[0].item()), max(1, int(flag[1].item()))
+        self.stop_signal = self.stop_signal or agreed  # one that came meanwhile waits for the next question
+        return agreed > 0
 
     def stop(self):
         """Ends a run that was asked to stop, after its checkpoint is written."""

@@ -307,3 +307,16 @@ def test_a_checkpoint_that_takes_long_to_write_is_written_seldom_and_never_two_a
     assert writer.due()
     writer.thread = SimpleNamespace(is_alive=lambda: True)
     assert not writer.due()
+
+
+def test_a_signal_that_comes_while_ranks_ask_each_other_is_heard_at_the_next_question(make_run, monkeypatch):
+    run = make_run()
+    run.ranks, asked = 2, []
+    run.progress.start(0)
+
+    def all_reduce(flag, op):
+        asked.append(flag.tolist()[0])
+        if len(asked) == 1:
+            run._on_signal(signal.SIGTERM, None)
+    monkeypatch.setattr(run_module.dist, "all_reduce", all_reduce)
+    assert [run.stopping(0), run.stopping(0)] == [False, True] and asked == [0, signal.SIGTERM]
